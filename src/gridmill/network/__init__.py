@@ -1,0 +1,1 @@
+"""Program one: the gateway, the registry and the dispatcher. Never imports torch."""

@@ -1,0 +1,1 @@
+"""One file per public API; nothing else knows that these APIs exist."""

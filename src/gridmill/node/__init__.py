@@ -1,0 +1,1 @@
+"""Program two: what a provider runs."""

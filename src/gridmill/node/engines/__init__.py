@@ -1,0 +1,1 @@
+"""What turns one Work into events. Each engine passes `base.check_engine`."""
