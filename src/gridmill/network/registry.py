@@ -204,11 +204,7 @@ class Registry:
     def may_serve(self, offer: ClassOffer, node_id: NodeId) -> bool:
         """Whether this offer gets its name: it is approved, or this network approves whatever comes."""
         class_id = offer.model_class.class_id
-        return (
-            class_id in self._names.get(offer.name, ())
-            or self._approve == "open"
-            or node_id in self._own_nodes
-        )
+        return class_id in self._names.get(offer.name, ()) or self._approve == "open" or node_id in self._own_nodes
 
     async def approve(self, name: str, class_id: ClassId, *, by: str) -> None:
         """Adds the class to the end of the name's list. Harmless when it is there already."""
@@ -319,7 +315,14 @@ class Registry:
         self._refresh(record, (class_id,))
 
     def observe(
-        self, record: NodeRecord, class_id: ClassId, *, prefill_tokens: int, ttft_seconds: float, tokens: int, seconds: float
+        self,
+        record: NodeRecord,
+        class_id: ClassId,
+        *,
+        prefill_tokens: int,
+        ttft_seconds: float,
+        tokens: int,
+        seconds: float,
     ) -> None:
         """What the network's own clock saw of one work: `tokens` ids in `seconds` after the first."""
         if ttft_seconds > 0:

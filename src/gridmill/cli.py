@@ -1,0 +1,545 @@
+"""`gridmill COMMAND`: each command is a few lines here that call an `app` or `operator` function.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage or settings, 3 the network cannot be reached or refuses, 4 the model
+cannot be loaded, 130 interrupted. Heavy modules are imported by the command that needs them: `gridmill --help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import json
+import logging
+import signal
+import sys
+import types
+import typing
+from collections.abc import Callable, Coroutine, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from gridmill import __version__
+from gridmill.settings_loader import SettingsError, field_names
+
+EXIT_FAILED, EXIT_USAGE, EXIT_NETWORK, EXIT_MODEL, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses, runs, and turns every expected failure into one sentence on stderr and an exit code."""
+    # The one place that reads the environment for all programs; settings get it as an argument.
+    import os
+
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    from gridmill.network.control import ControlError
+    from gridmill.network.store import StoreUnusable
+
+    try:
+        return int(arguments.run(arguments, dict(os.environ)) or 0)
+    except SettingsError as problem:
+        return _say(problem, EXIT_USAGE)
+    except (ControlError, StoreUnusable, OSError) as problem:
+        return _say(problem, EXIT_FAILED)
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        return EXIT_INTERRUPTED
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their flags; the docs test walks through it."""
+    from gridmill.client import ClientSettings
+    from gridmill.network.settings import NetworkSettings
+    from gridmill.node.settings import NodeSettings
+
+    parser = argparse.ArgumentParser(
+        prog="gridmill",
+        description="Pools GPUs that belong to different owners into one OpenAI-compatible inference service.",
+        epilog="Start here: `gridmill up`, then `gridmill chat` in another terminal.",
+    )
+    parser.add_argument("--version", action="version", version=f"gridmill {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    up = _command(
+        commands,
+        "up",
+        _up,
+        "start a network and one node on this machine",
+        "Starts a network and one node together, with nothing to configure; prints the URL, a key and a curl line.\n"
+        "Without --model it serves gridmill/demo, a toy that ships inside the package.",
+    )
+    _add_settings(up, NetworkSettings)
+    _add_settings(up, NodeSettings, leave_out=field_names(NetworkSettings) | {"network", "exit_with_parent"})
+
+    network = _command(
+        commands,
+        "network",
+        _network,
+        "start a network that nodes can join",
+        "Starts the gateway that users call and nodes join. Keys: `gridmill keys create NAME`.",
+    )
+    _add_settings(network, NetworkSettings)
+
+    node = _command(
+        commands,
+        "node",
+        _node,
+        "join a network and serve a model",
+        "Joins the network at --network and serves --model. Dials out only: no port has to be opened.\n"
+        "Example: gridmill node --network http://127.0.0.1:8420 --model gridmill/demo",
+    )
+    _add_settings(node, NodeSettings)
+
+    chat = _command(
+        commands,
+        "chat",
+        _chat,
+        "chat with a model in the terminal",
+        "Streams a chat. With a QUESTION it answers that one and ends.",
+    )
+    chat.add_argument("question", nargs="?", metavar="QUESTION", help="ask this and end")
+    _add_settings(chat, ClientSettings)
+    models = _command(commands, "models", _models, "list the models that a network serves", "Lists what can be asked.")
+    _add_settings(models, ClientSettings, leave_out={"model", "system", "temperature", "max_tokens", "seed"})
+
+    keys = commands.add_parser("keys", help="create, list and revoke API keys", description="API keys of a network.")
+    key_commands = keys.add_subparsers(metavar="COMMAND", required=True)
+    create = _operator_command(key_commands, "create", _keys_create, "create a key; it is shown this once")
+    create.add_argument("name", metavar="NAME", help="what it is for, or whose")
+    create.add_argument(
+        "--scope",
+        choices=("inference", "node", "operator"),
+        default="inference",
+        help="inference: may ask; node: may join as a node (default: inference)",
+    )
+    _operator_command(key_commands, "list", _keys_list, "list keys, without the keys themselves")
+    revoke = _operator_command(key_commands, "revoke", _keys_revoke, "revoke a key, at once")
+    revoke.add_argument("key", metavar="NAME_OR_ID", help="the key's id, or its name (then all keys of that name)")
+
+    classes = commands.add_parser(
+        "classes",
+        help="decide which model class a name means",
+        description="A class is one exact set of weights, arithmetic and tokenizer. Names belong to the operator.",
+    )
+    class_commands = classes.add_subparsers(metavar="COMMAND", required=True)
+    _operator_command(class_commands, "list", _classes_list, "list names, their classes, and offers that wait")
+    for verb, run, help_text in (
+        ("approve", _classes_approve, "let a class be served under a name"),
+        ("withdraw", _classes_withdraw, "take a class from a name"),
+    ):
+        command = _operator_command(class_commands, verb, run, help_text)
+        command.add_argument("name", metavar="NAME", help="model name")
+        command.add_argument("class_id", metavar="CLASS", help="class id, or its first 8 characters or more")
+
+    _operator_command(commands, "status", _status, "show a running network: models, nodes, load")
+    return parser
+
+
+# ---------------------------------------------------------------- the long-running commands
+
+
+def _up(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    from gridmill.network.settings import NetworkSettings, load_network_settings
+    from gridmill.node.settings import NodeSettings, load_node_settings
+    from gridmill.up import NodeFailed, run_up
+
+    flags = _flags(arguments)
+    network_flags = {name: value for name, value in flags.items() if name in field_names(NetworkSettings)}
+    if network_flags.get("log_level") is None and "GRIDMILL_LOG_LEVEL" not in environ:
+        network_flags["log_level"] = "warning"  # one person at one terminal: the address and the key come first
+    settings = load_network_settings(network_flags, environ, _known())
+    node_flags = {name: value for name, value in flags.items() if name not in field_names(NetworkSettings)}
+    config = settings.config or (settings.data / "gridmill.toml")
+    if config.exists():
+        node_flags["config"] = config
+    node_flags["data"] = settings.data / "node"
+    node_flags["log_level"] = settings.log_level
+    # Checked here, so that a misspelt setting is one sentence instead of a child that dies.
+    load_node_settings({**node_flags, "network": "http://127.0.0.1"}, environ, _known())
+    _start_log(settings.log_level, as_json=settings.json)
+
+    def ready(facts: dict[str, Any]) -> None:
+        if settings.json:
+            print(json.dumps(facts), flush=True)
+            return
+        print(
+            f"Gridmill is up.\n\n  API    {facts['base_url']}\n  key    {facts['api_key']}\n  model  {facts['model']}"
+            f"{'  (a toy that only knows Gridmill)' if facts['model'] == 'gridmill/demo' else ''}\n\n"
+            f"Ask it:  gridmill chat{_data_hint(settings.data)}\n"
+            f"or:      curl {facts['base_url']}/chat/completions -H 'authorization: Bearer {facts['api_key']}' \\\n"
+            "           -H 'content-type: application/json' \\\n"
+            f'           -d \'{{"model": "{facts["model"]}", "messages": '
+            '[{"role": "user", "content": "What is Gridmill?"}]}\'\n\n'
+            "Ctrl-C stops both.",
+            flush=True,
+        )
+
+    if not settings.json:
+        print("Starting a network and a node …", file=sys.stderr)
+    try:
+        return _until_signal(
+            lambda stop: run_up(settings, _node_arguments(node_flags, NodeSettings), ready=ready, stop=stop)
+        )
+    except NodeFailed as failed:
+        return _say(failed, failed.exit_code or EXIT_FAILED)
+
+
+def _network(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    from gridmill.network.app import run_network
+    from gridmill.network.operator import Operations
+    from gridmill.network.settings import load_network_settings
+
+    settings = load_network_settings(_flags(arguments), environ, _known())
+    _start_log(settings.log_level, as_json=settings.json)
+
+    async def ready(facts: dict[str, Any], operations: Operations) -> None:
+        if settings.json:
+            print(json.dumps(facts), flush=True)
+        else:
+            hint = _data_hint(settings.data)
+            print(
+                f"The network is ready at {facts['base_url']}\n"
+                f"  a key for a user:    gridmill keys create NAME{hint}\n"
+                f"  a node joins with:   gridmill node --network {facts['base_url'].removesuffix('/v1')} --model NAME"
+                + (
+                    f" --join-token TOKEN\n  a token for a node:  gridmill keys create NAME --scope node{hint}"
+                    if settings.invite_only
+                    else ""
+                ),
+                flush=True,
+            )
+
+    return _until_signal(lambda stop: run_network(settings, ready=ready, stop=stop))
+
+
+def _node(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    from gridmill.node.app import run_node
+    from gridmill.node.settings import load_node_settings
+
+    settings = load_node_settings(_flags(arguments), environ, _known())
+    _start_log(settings.log_level, as_json=settings.json)
+
+    def ready(facts: dict[str, Any]) -> None:
+        if settings.json:
+            print(json.dumps(facts), flush=True)
+        else:
+            print(f"Serving {facts['model']} on {facts['base_url']} as {facts['node_id']}. Ctrl-C stops.", flush=True)
+
+    return _until_signal(lambda stop: run_node(settings, ready=ready, stop=stop))
+
+
+def _until_signal(program: Callable[[asyncio.Event], Coroutine[Any, Any, int]]) -> int:
+    """Runs a program until it ends. The first Ctrl-C or SIGTERM asks it to drain, the second cancels it."""
+
+    async def run() -> int:
+        stop = asyncio.Event()
+        task = asyncio.ensure_future(program(stop))
+
+        def asked() -> None:
+            if stop.is_set():
+                task.cancel()
+            else:
+                print("Stopping: running answers may end; Ctrl-C again stops at once.", file=sys.stderr, flush=True)
+                stop.set()
+
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, asked)
+        return await task
+
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        return runner.run(run())
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    if sys.platform == "win32":
+        return None
+    import uvloop
+
+    return uvloop.new_event_loop
+
+
+# ---------------------------------------------------------------- talking to a network
+
+
+def _chat(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    from gridmill.client import load_client_settings, run_chat
+
+    question = arguments.question
+    del arguments.question
+    settings = load_client_settings(_flags(arguments), environ, _known())
+    return _client(run_chat(settings, question, sys.stdout))
+
+
+def _models(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    from gridmill.client import load_client_settings, run_models
+
+    return _client(run_models(load_client_settings(_flags(arguments), environ, _known()), sys.stdout))
+
+
+def _client(work: Coroutine[Any, Any, int]) -> int:
+    import aiohttp
+
+    from gridmill.client import ClientError
+
+    try:
+        return asyncio.run(work)
+    except ClientError as problem:
+        return _say(problem, EXIT_FAILED)
+    except (aiohttp.ClientError, TimeoutError) as problem:
+        return _say(f"the network cannot be reached: {problem or type(problem).__name__}", EXIT_NETWORK)
+
+
+# ---------------------------------------------------------------- an operator's commands on a data folder
+
+
+def _keys_create(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    made = _operate(arguments, environ, "keys.create", name=arguments.name, scope=arguments.scope)
+    if arguments.json:
+        print(json.dumps(made))
+    else:
+        print(f"{made['api_key']}\nThis is the only time the key is shown ({made['key_id']}, {made['scope']}).")
+    return 0
+
+
+def _keys_list(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    rows = _operate(arguments, environ, "keys.list")
+    return _show(
+        arguments,
+        rows,
+        ("ID", "NAME", "SCOPE", "CREATED", "REVOKED"),
+        [
+            (r["key_id"], r["name"], r["scope"], _moment(r["created_seconds"]), _moment(r["revoked_seconds"]))
+            for r in rows
+        ],
+        "No keys yet: `gridmill keys create NAME` makes one.",
+    )
+
+
+def _keys_revoke(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    rows = _operate(arguments, environ, "keys.revoke", key=arguments.key)
+    if arguments.json:
+        print(json.dumps(rows))
+    else:
+        for row in rows:
+            print(f"Revoked {row['key_id']} ({row['name']}).")
+    return 0
+
+
+def _classes_list(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    rows = _operate(arguments, environ, "classes.list")
+    return _show(
+        arguments,
+        rows,
+        ("NAME", "CLASS", "APPROVED", "OFFERED BY"),
+        [(r["name"], r["class_id"][:16], "yes" if r["approved"] else "waits", r["owner"]) for r in rows],
+        "No classes yet: they appear when a node offers one.",
+    )
+
+
+def _classes_approve(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    made = _operate(arguments, environ, "classes.approve", name=arguments.name, class_id=arguments.class_id)
+    print(json.dumps(made) if arguments.json else f"{made['name']} may now be served as class {made['class_id'][:16]}.")
+    return 0
+
+
+def _classes_withdraw(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    made = _operate(arguments, environ, "classes.withdraw", name=arguments.name, class_id=arguments.class_id)
+    print(json.dumps(made) if arguments.json else f"{made['name']} no longer means class {made['class_id'][:16]}.")
+    return 0
+
+
+def _status(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    from gridmill.client import table
+
+    state = _operate(arguments, environ, "status")
+    if arguments.json:
+        print(json.dumps(state))
+        return 0
+    if not state["running"]:
+        print(f"No network runs on {_data(arguments, environ)}: `gridmill up` or `gridmill network` starts one.")
+        return EXIT_FAILED
+    print(f"{state['base_url']}: {state['works_running']} running, {state['requests_waiting']} waiting\n")
+    print(
+        table(
+            ("MODEL", "CLASS", "NODES", "RUNNING", "SLOTS"),
+            [
+                (m["name"], m["class_id"][:8], str(m["nodes"]), str(m["in_flight"]), str(m["slots"]))
+                for m in state["models"]
+            ],
+        )
+    )
+    print()
+    print(
+        table(
+            ("NODE", "MODELS", "RUNNING", "TOKENS/S", "KV PAGES", "ROUND TRIP", ""),
+            [
+                (
+                    n["node_id"],
+                    ", ".join(n["models"]),
+                    f"{n['running']}/{n['slots']}",
+                    f"{n['tokens_per_second']:.0f}",
+                    f"{n['kv_pages_used']}/{n['kv_pages_total']}",
+                    f"{n['round_trip_seconds'] * 1000:.1f} ms",
+                    "draining" if n["draining"] else "",
+                )
+                for n in state["nodes"]
+            ],
+        )
+    )
+    return 0
+
+
+def _operate(arguments: argparse.Namespace, environ: Mapping[str, str], command: str, **values: Any) -> Any:
+    from gridmill.network.operator import operate
+
+    folder = _data(arguments, environ)
+    if not folder.is_dir():
+        raise SettingsError(f"{folder} does not exist: give the network's --data folder (or start one: `gridmill up`)")
+    return operate(folder, command, **values)
+
+
+def _data(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Path:
+    from gridmill.network.settings import DEFAULT_DATA
+
+    return Path(arguments.data or environ.get("GRIDMILL_DATA") or DEFAULT_DATA).expanduser()
+
+
+def _show(
+    arguments: argparse.Namespace, raw: Any, header: tuple[str, ...], rows: list[tuple[str, ...]], empty: str
+) -> int:
+    from gridmill.client import table
+
+    print(json.dumps(raw) if arguments.json else table(header, rows) if rows else empty)
+    return 0
+
+
+def _moment(seconds: int | None) -> str:
+    import datetime
+
+    if seconds is None:
+        return ""
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+# ---------------------------------------------------------------- flags from settings
+
+
+def _command(commands: Any, name: str, run: Callable[..., int], help_text: str, description: str) -> Any:
+    command = commands.add_parser(
+        name, help=help_text, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def _operator_command(commands: Any, name: str, run: Callable[..., int], help_text: str) -> Any:
+    command = _command(commands, name, run, help_text, help_text[0].upper() + help_text[1:] + ".")
+    command.add_argument("--data", metavar="DIR", help="the network's data folder (default: ~/.gridmill)")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    return command
+
+
+def _add_settings(parser: argparse.ArgumentParser, cls: Any, leave_out: typing.Collection[str] = ()) -> None:
+    """One flag per field of a settings class; the loader reads and checks the text."""
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if field.name in leave_out:
+            continue
+        hint, default = hints[field.name], field.default
+        options: dict[str, Any] = {"default": None, "help": _help(field.metadata.get("help", ""), default)}
+        inner = [part for part in typing.get_args(hint) if part is not type(None)]
+        if isinstance(hint, types.UnionType) and len(inner) == 1:
+            hint = inner[0]
+        if hint is bool:
+            options["action"] = "store_true" if default is False else argparse.BooleanOptionalAction
+        elif typing.get_origin(hint) is Literal:
+            options["metavar"] = "{" + ",".join(str(choice) for choice in typing.get_args(hint)) + "}"
+        else:
+            named = {Path: "PATH", int: "N", float: "NUMBER"}
+            options["metavar"] = "DIR" if field.name == "data" else named.get(hint, "TEXT")
+        parser.add_argument("--" + field.name.replace("_", "-"), **options)
+
+
+def _help(text: str, default: Any) -> str:
+    if default in (None, False, dataclasses.MISSING) or "default" in text:
+        return text.replace("%", "%%")
+    shown = str(default).replace(str(Path.home()), "~")
+    return f"{text} (default: {shown})".replace("%", "%%")
+
+
+def _flags(arguments: argparse.Namespace) -> dict[str, object]:
+    return {name: value for name, value in vars(arguments).items() if name != "run" and value is not None}
+
+
+def _node_arguments(flags: Mapping[str, object], cls: Any) -> list[str]:
+    """The node's flags as its child process gets them."""
+    known = field_names(cls)
+    made: list[str] = []
+    for name, value in flags.items():
+        if name not in known or value is None:
+            continue
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            made.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            made += [f"--{flag}", str(value)]
+    return made
+
+
+def _known() -> frozenset[str]:
+    """Every setting of every program: they may stand in one environment."""
+    from gridmill.client import ClientSettings
+    from gridmill.network.settings import NetworkSettings
+    from gridmill.node.settings import NodeSettings
+
+    return field_names(ClientSettings) | field_names(NetworkSettings) | field_names(NodeSettings)
+
+
+def _data_hint(data: Path) -> str:
+    from gridmill.network.settings import DEFAULT_DATA
+
+    return "" if data == DEFAULT_DATA else f" --data '{data}'"
+
+
+def _say(problem: object, code: int) -> int:
+    print(f"gridmill: {problem}", file=sys.stderr)
+    return code
+
+
+# ---------------------------------------------------------------- the log
+
+
+_PLAIN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+class _LineFormatter(logging.Formatter):
+    """One event a line; what the event knows follows as key=value, or the whole as JSON."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        super().__init__()
+        self._as_json = as_json
+
+    def format(self, record: logging.LogRecord) -> str:
+        extra = {name: value for name, value in vars(record).items() if name not in _PLAIN and value is not None}
+        trouble = self.formatException(record.exc_info) if record.exc_info else ""
+        if self._as_json:
+            fields = {
+                "time_seconds": round(record.created, 3),
+                "level": record.levelname.lower(),
+                "logger": record.name,
+                "event": record.getMessage(),
+                **extra,
+            }
+            return json.dumps({**fields, **({"trouble": trouble} if trouble else {})}, default=str)
+        facts = "".join(f" {name}={value}" for name, value in extra.items())
+        line = f"{self.formatTime(record, '%H:%M:%S')} {record.levelname.lower():7} {record.getMessage()}{facts}"
+        return line + (f"\n{trouble}" if trouble else "")
+
+
+def _start_log(level: str, *, as_json: bool) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_LineFormatter(as_json=as_json))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    logging.getLogger("gridmill").setLevel(level.upper())

@@ -1,0 +1,294 @@
+"""The network's composition root: the only place that constructs, and that looks at clocks and sockets.
+
+Every background loop is a line in `run_network`'s task group; nothing else starts tasks that outlive a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import socket
+import time
+from collections.abc import Awaitable, Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import uvicorn
+
+from gridmill import __version__
+from gridmill.network.accounts import Accounts
+from gridmill.network.control import ControlServer, FolderLock
+from gridmill.network.dispatch import Dispatcher
+from gridmill.network.gateway.asgi import Receive, Scope, Send, send_bytes
+from gridmill.network.gateway.openai import OpenAIGateway
+from gridmill.network.links import Links
+from gridmill.network.metrics import Metrics
+from gridmill.network.operator import MIGRATIONS, Operations
+from gridmill.network.registry import Registry
+from gridmill.network.settings import NetworkSettings, is_loopback
+from gridmill.network.store import Store
+from gridmill.network.text import TextService
+from gridmill.wire.identity import Identity
+from gridmill.wire.link import Link, NetworkSide, Reason
+from gridmill.wire.messages import NodeId
+from gridmill.wire.transport import Conversation, serve_asgi_websocket
+
+log = logging.getLogger("gridmill.network")
+
+CONNECTIONS_MAX = 4096  # beyond it newcomers get 503 at once rather than everybody a slow answer
+
+
+async def run_network(
+    settings: NetworkSettings,
+    *,
+    ready: Callable[[dict[str, Any], Operations], Awaitable[None]],
+    stop: asyncio.Event,
+    own_nodes: Collection[NodeId] = (),
+) -> int:
+    """Serves until `stop` is set, then drains. Raises ControlError, StoreUnusable or OSError when it cannot start."""
+    settings.data.mkdir(parents=True, exist_ok=True, mode=0o700)
+    lock = FolderLock(settings.data / "network.lock", "gridmill network")
+    store = Store(settings.data / "network.sqlite")
+    texts = TextService(workers=settings.text_workers)
+    try:
+        store.open(MIGRATIONS)
+        with _listening(settings.host, settings.port) as listener:
+            await texts.start()
+            return await _serve(settings, listener, store, texts, ready, stop, own_nodes)
+    finally:
+        await texts.close()
+        store.close()
+        lock.release()
+
+
+async def _serve(
+    settings: NetworkSettings,
+    listener: socket.socket,
+    store: Store,
+    texts: TextService,
+    ready: Callable[[dict[str, Any], Operations], Awaitable[None]],
+    stop: asyncio.Event,
+    own_nodes: Collection[NodeId],
+) -> int:
+    identity = Identity.load_or_create(settings.data / "network.key")
+    base_url = _base_url(settings, listener)
+    accounts = Accounts(store, now=time.time, entropy=secrets.token_bytes)
+    registry = Registry(store, approve=settings.approve_mode, own_nodes=own_nodes, now=time.time)
+    await accounts.load()
+    await registry.load()
+    async with asyncio.TaskGroup() as tasks:
+        links = Links(
+            registry=registry,
+            accounts=accounts,
+            texts=texts,
+            text_folder=settings.data / "text",
+            invite_only=settings.invite_only,
+            spawn=lambda work: void(tasks.create_task(work)),  # type: ignore[arg-type]
+            now=time.monotonic,
+        )
+        metrics = Metrics(links=lambda: links.count, works=lambda: links.works)
+        dispatcher = Dispatcher(
+            registry=registry,
+            links=links,
+            observer=metrics,
+            clock=time.monotonic,
+            queue_timeout_seconds=settings.queue_timeout_seconds,
+        )
+        gateway = OpenAIGateway(
+            registry=registry,
+            accounts=accounts,
+            texts=texts,
+            dispatcher=dispatcher,
+            metrics=metrics,
+            body_bytes=settings.body_bytes,
+            client_stall_timeout_seconds=settings.client_stall_timeout_seconds,
+            clock=time.monotonic,
+            wall_clock=time.time,
+            request_ids=lambda: secrets.token_hex(12),
+            gateway_secret=_gateway_secret(settings.data / "gateway.secret"),
+        )
+        side = NetworkSide(
+            identity=identity,
+            hosts=_answers_to(settings, listener),
+            software=f"gridmill/{__version__}",
+            heartbeat_seconds=settings.heartbeat_seconds,
+        )
+        operations = Operations(accounts, registry, links=links, dispatcher=dispatcher, base_url=base_url)
+        control = ControlServer(settings.data, operations.commands())
+        server = _Server(
+            uvicorn.Config(
+                Door(gateway=gateway, links=links, side=side, metrics=metrics),
+                http="httptools",
+                ws="websockets-sansio",
+                ws_per_message_deflate=False,
+                ws_max_size=1 << 20,
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=75,
+                timeout_graceful_shutdown=5,
+                limit_concurrency=CONNECTIONS_MAX,
+                ssl_certfile=settings.tls_certificate,
+                ssl_keyfile=settings.tls_key,
+            )
+        )
+        await links.relearn()
+        serving = tasks.create_task(server.serve(sockets=[listener]), name="http")
+        await control.start()
+        try:
+            await ready({"base_url": base_url, "model": None}, operations)
+            log.info(
+                "network ready", extra={"base_url": base_url, "join": "invite" if settings.invite_only else "open"}
+            )
+            await _either(stop, serving)
+            await _drain(dispatcher, links, settings.drain_timeout_seconds)
+        finally:
+            links.say_goodbye(Reason.STOPPING, "the network is shutting down")
+            server.should_exit = True
+            await control.stop()
+    return 0
+
+
+class Door:
+    """The one ASGI application: paths to endpoints. The two hot ones are looked up first."""
+
+    def __init__(self, *, gateway: OpenAIGateway, links: Links, side: NetworkSide, metrics: Metrics) -> None:
+        self._gateway = gateway
+        self._links = links
+        self._side = side
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        match scope["type"], scope["path"]:
+            case "http", "/v1/chat/completions":
+                await self._gateway.chat_completions(scope, receive, send)
+            case "http", "/v1/completions":
+                await self._gateway.completions(scope, receive, send)
+            case "http", "/v1/models":
+                await self._gateway.models(scope, receive, send)
+            case "http", str(path) if path.startswith("/v1/models/"):
+                await self._gateway.model(scope, receive, send)
+            case "http", "/healthz":
+                await send_bytes(send, 200, b'{"status":"ok"}\n', b"application/json")
+            case "http", "/metrics":
+                await send_bytes(send, 200, self._metrics.exposition(), self._metrics.content_type.encode())
+            case "websocket", "/link":
+                await serve_asgi_websocket(scope, receive, send, self._make_link, self._links.add)
+            case "websocket", _:
+                await receive()
+                await send({"type": "websocket.close", "code": 4404})
+            case _:
+                await self._gateway.unknown_path(scope, receive, send)
+
+    def _make_link(self) -> Link:
+        return Link(self._side, entropy=secrets.token_bytes, now=time.monotonic())
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its own signal handlers: `stop` is the one way to end the program."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def _drain(dispatcher: Dispatcher, links: Links, timeout_seconds: float) -> None:
+    dispatcher.stop_admitting()
+    if links.works:
+        log.warning("draining", extra={"works": links.works, "timeout_seconds": timeout_seconds})
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(timeout_seconds):
+            await links.idle()
+
+
+async def _either(stop: asyncio.Event, serving: asyncio.Task[None]) -> None:
+    """Waits for the wish to stop, or for the server to end by itself (its error is raised by the task group)."""
+    stopping = asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait({stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stopping.cancel()
+
+
+@contextlib.contextmanager
+def _listening(host: str, port: int) -> Iterator[socket.socket]:
+    bare = host.strip("[]")
+    family = socket.AF_INET6 if ":" in bare else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((bare, port))
+        except OSError as problem:
+            raise OSError(
+                f"cannot listen on {host}:{port} ({problem.strerror}): choose another --port (0 takes any free one)"
+            ) from problem
+        listener.listen(1024)
+        yield listener
+    finally:
+        listener.close()
+
+
+def _base_url(settings: NetworkSettings, listener: socket.socket) -> str:
+    if settings.public_url:
+        return settings.public_url.rstrip("/").removesuffix("/v1") + "/v1"
+    port = listener.getsockname()[1]
+    host = settings.host if settings.host not in ("0.0.0.0", "::") else "127.0.0.1"
+    shown = f"[{host}]" if ":" in host and not host.startswith("[") else host
+    return f"{'https' if settings.tls_certificate else 'http'}://{shown}:{port}/v1"
+
+
+def _answers_to(settings: NetworkSettings, listener: socket.socket) -> Callable[[str], bool]:
+    """Which hosts a node may say it dialled. A relay would have to make it say one of these (docs/attacks.md)."""
+    port = str(listener.getsockname()[1])
+    public = urlsplit(settings.public_url).netloc.lower() if settings.public_url else ""
+    anywhere = settings.host in ("0.0.0.0", "::")
+    own_names = {settings.host.strip("[]").lower()}
+    if anywhere:
+        own_names |= {socket.gethostname().lower(), socket.getfqdn().lower(), *_own_addresses()}
+
+    def answers(host: str) -> bool:
+        host = host.lower()
+        if public and host == public:
+            return True
+        name, _, dialled_port = host.rpartition(":") if ":" in host.rpartition("]")[2] else (host, "", "")
+        bare = name.strip("[]")
+        local = is_loopback(bare) and (anywhere or is_loopback(settings.host))
+        return (local or bare in own_names) and dialled_port == port
+
+    return answers
+
+
+def _own_addresses() -> set[str]:
+    import psutil  # late: only a network that listens on every interface needs to know them
+
+    return {
+        address.address.partition("%")[0].lower()
+        for addresses in psutil.net_if_addrs().values()
+        for address in addresses
+        if address.family in (socket.AF_INET, socket.AF_INET6)
+    }
+
+
+def _gateway_secret(path: Path) -> bytes:
+    """The key of seeds that clients did not choose; kept so that a restart does not change running audits."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return path.read_bytes()
+    with os.fdopen(descriptor, "wb") as file:
+        secret = secrets.token_bytes(32)
+        file.write(secret)
+    return secret
+
+
+def void(_: object) -> None:
+    """For callbacks that must return nothing."""
+
+
+__all__ = ["Conversation", "Door", "run_network"]

@@ -1,0 +1,463 @@
+"""Live conversations with nodes: authenticate, learn what they offer, carry works.
+
+Nothing a node says is believed: text files are checked against the class id before anybody reads them, the link
+refuses ids beyond the credit given, and a work's place on a node is free only when the node said its last word on it or
+is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from gridmill.network.accounts import Accounts
+from gridmill.network.registry import NodeRecord, Registry
+from gridmill.network.text import TextError, TextService
+from gridmill.wire.classes import TEXT_FACTS_BYTES_MAX, TOKENIZER_BYTES_MAX, ClassId, parse_facts
+from gridmill.wire.link import Arrived, Closed, Link, Opened, Proven, Reason
+from gridmill.wire.messages import (
+    Accept,
+    Cancel,
+    Chunk,
+    ClassOffer,
+    Credit,
+    Drain,
+    Emission,
+    End,
+    Fetch,
+    Generate,
+    Heartbeat,
+    NodeId,
+    Offer,
+    Offers,
+    Refuse,
+    Step,
+)
+from gridmill.wire.transport import Conversation
+
+log = logging.getLogger("gridmill.network.links")
+
+STREAM_CREDIT_IDS = 256  # what one slow reader can make a node run ahead; a second or two of fast decoding
+CREDIT_GRANT_IDS_MIN = 64  # granting in quarters keeps Credit frames rare without ever starving a stream
+FETCH_TIMEOUT_SECONDS = 120.0  # 64 MiB at 5 Mbit/s; slower nodes try again at their next join
+OFFERS_PER_NODE_MAX = 64
+
+
+class LinkLost(Exception):
+    """The conversation ended while a work or a transfer was on it."""
+
+
+class NodeStream:
+    """One Work on one node. The link's reader pushes, `take` waits; what is pushed is bounded by the credit given."""
+
+    def __init__(self, number: int, on_end: Callable[[], None]) -> None:
+        self.number = number
+        self.reply: asyncio.Future[Accept | Refuse] = asyncio.get_running_loop().create_future()
+        self.end: End | None = None
+        self.lost: str | None = None
+        self._emissions: list[Emission] = []
+        self._wake: asyncio.Future[None] | None = None
+        self._on_end = on_end
+        self._ended = False
+
+    async def take(self) -> list[Emission]:
+        """All emissions since the last call; empty only when the node has nothing more to say. Raises LinkLost."""
+        while not self._emissions:
+            if self.end is not None:
+                return []
+            if self.lost is not None:
+                raise LinkLost(self.lost)
+            self._wake = asyncio.get_running_loop().create_future()
+            await self._wake
+        taken, self._emissions = self._emissions, []
+        return taken
+
+    def push(self, emission: Emission) -> None:
+        self._emissions.append(emission)
+        self._rouse()
+
+    def finish(self, end: End) -> None:
+        self.end = end
+        self._close()
+
+    def refuse(self, refusal: Refuse) -> None:
+        if not self.reply.done():
+            self.reply.set_result(refusal)
+        self._close()
+
+    def lose(self, why: str) -> None:
+        self.lost = why
+        if not self.reply.done():
+            self.reply.set_exception(LinkLost(why))
+            # A caller that was cancelled while waiting never looks at the reply.
+            self.reply.exception()
+        self._close()
+
+    def _close(self) -> None:
+        if not self._ended:
+            self._ended = True
+            self._on_end()
+        self._rouse()
+
+    def _rouse(self) -> None:
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
+
+
+class _Transfer:
+    def __init__(self, bytes_max: int) -> None:
+        self.bytes_max = bytes_max
+        self.data = bytearray()
+        self.done: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+
+class NodeLink:
+    """The network's end of one node's conversation."""
+
+    def __init__(self, conversation: Conversation, links: Links) -> None:
+        self._conversation = conversation
+        self._links = links
+        self.record: NodeRecord | None = None
+        self._streams: dict[int, NodeStream] = {}
+        self._transfers: dict[int, _Transfer] = {}
+        self._next_stream = 1
+        self._next_transfer = 1
+        self._grants: dict[int, int] = {}
+        self._granting = False
+
+    # ------------------------------------------------------------ for dispatch
+
+    def open(self, work: Generate, class_id: ClassId) -> NodeStream:
+        """Offers the work; the node answers on `stream.reply`."""
+        record = self.record
+        assert record is not None, "only joined nodes are offered work"
+        number = self._next_stream
+        self._next_stream += 1
+
+        def ended() -> None:
+            self._streams.pop(number, None)
+            self._grants.pop(number, None)
+            self._links.registry.end(record, class_id)
+            self._links.work_ended()
+
+        stream = NodeStream(number, ended)
+        self._streams[number] = stream
+        self._links.registry.begin(record, class_id)
+        self._conversation.send(Offer(number, work, STREAM_CREDIT_IDS))
+        return stream
+
+    def grant(self, stream: NodeStream, ids: int) -> None:
+        """The reader took that many ids. Grants of one turn of the loop leave in one frame."""
+        if stream.number not in self._streams:
+            return
+        owed = self._grants.get(stream.number, 0) + ids
+        self._grants[stream.number] = owed
+        if owed >= CREDIT_GRANT_IDS_MIN and not self._granting:
+            self._granting = True
+            asyncio.get_running_loop().call_soon(self._send_grants)
+
+    def cancel(self, stream: NodeStream, keep: int = -1) -> None:
+        """Asks the node to stop; its place is free when it says so."""
+        if stream.number in self._streams:
+            self._conversation.send(Cancel(stream.number, keep))
+
+    def _send_grants(self) -> None:
+        self._granting = False
+        due = {number: ids for number, ids in self._grants.items() if ids >= CREDIT_GRANT_IDS_MIN}
+        for number in due:
+            del self._grants[number]
+        if due and not self._conversation.closed:
+            self._conversation.send(Credit(tuple(due.items())))
+
+    # ------------------------------------------------------------ files
+
+    async def fetch(self, sha256: str, bytes_max: int) -> bytes:
+        """A file by digest, checked. Raises LinkLost, TimeoutError, or ValueError when the node lied."""
+        number = self._next_transfer
+        self._next_transfer += 1
+        transfer = self._transfers[number] = _Transfer(bytes_max)
+        self._conversation.send(Fetch(number, sha256))
+        try:
+            async with asyncio.timeout(FETCH_TIMEOUT_SECONDS):
+                data = await transfer.done
+        finally:
+            self._transfers.pop(number, None)
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise ValueError(f"sent a file whose digest is not {sha256[:12]}…")
+        return data
+
+    def _chunk(self, chunk: Chunk) -> None:
+        transfer = self._transfers.get(chunk.transfer)
+        if transfer is None or transfer.done.done():
+            return
+        if chunk.total_bytes < 0:
+            transfer.done.set_exception(ValueError("does not have a text file of the class it offers"))
+        elif chunk.total_bytes > transfer.bytes_max:
+            transfer.done.set_exception(ValueError(f"a text file has {chunk.total_bytes} bytes, over the limit"))
+        else:
+            transfer.data += chunk.data
+            if len(transfer.data) == chunk.total_bytes:
+                transfer.done.set_result(bytes(transfer.data))
+
+    # ------------------------------------------------------------ events of the link
+
+    def handle(self, event: object) -> None:
+        match event:
+            case Arrived(message=Step(emissions=emissions, ends=ends)):
+                streams = self._streams
+                for emission in emissions:
+                    stream = streams.get(emission.stream)
+                    if stream is not None:
+                        stream.push(emission)
+                for end in ends:
+                    stream = streams.get(end.stream)
+                    if stream is not None:
+                        stream.finish(end)
+            case Arrived(message=Accept(stream=number) as accept):
+                if number in self._streams and not self._streams[number].reply.done():
+                    self._streams[number].reply.set_result(accept)
+            case Arrived(message=Refuse(stream=number) as refusal):
+                if number in self._streams:
+                    self._streams[number].refuse(refusal)
+            case Arrived(message=Heartbeat(telemetry=telemetry)):
+                if self.record is not None and telemetry is not None:
+                    self.record.telemetry = telemetry
+                    self.record.round_trip_seconds = self._conversation.link.round_trip_seconds or 0.0
+            case Arrived(message=Offers(offers=offers)):
+                self._links.consider(self, offers)
+            case Arrived(message=Chunk() as chunk):
+                self._chunk(chunk)
+            case Arrived(message=Drain()):
+                if self.record is not None:
+                    self._links.registry.drain(self.record)
+                    log.info("node drains", extra={"node": self.record.node_id})
+            case Proven() as proven:
+                self._links.judge(self, proven)
+            case Opened():
+                self._links.opened(self)
+            case Closed() as closed:
+                self._lose(closed)
+            case _:
+                pass  # Everything else is the link's own business, already checked against its table.
+
+    def _lose(self, closed: Closed) -> None:
+        why = f"{closed.reason}: {closed.detail}" if closed.detail else str(closed.reason)
+        for stream in tuple(self._streams.values()):
+            stream.lose(why)
+        for transfer in self._transfers.values():
+            if not transfer.done.done():
+                transfer.done.set_exception(LinkLost(why))
+        self._links.closed(self, closed)
+
+    # ------------------------------------------------------------ for Links
+
+    @property
+    def link(self) -> Link:
+        return self._conversation.link
+
+    @property
+    def conversation(self) -> Conversation:
+        return self._conversation
+
+    @property
+    def works(self) -> int:
+        return len(self._streams)
+
+
+class Links:
+    """All live conversations, by node id."""
+
+    def __init__(
+        self,
+        *,
+        registry: Registry,
+        accounts: Accounts,
+        texts: TextService,
+        text_folder: Path,
+        invite_only: bool,
+        spawn: Callable[[Awaitable[None]], None],
+        now: Callable[[], float],
+    ) -> None:
+        self.registry = registry
+        self._accounts = accounts
+        self._texts = texts
+        self._text_folder = text_folder
+        self._invite_only = invite_only
+        self._spawn = spawn
+        self._now = now
+        self._by_node: dict[NodeId, NodeLink] = {}
+        self._all: set[NodeLink] = set()
+        self._learning: dict[ClassId, asyncio.Lock] = {}
+        self._latest_offers: dict[NodeLink, tuple[ClassOffer, ...]] = {}
+        self._idle_waiters: list[asyncio.Future[None]] = []
+
+    async def idle(self) -> None:
+        """Returns when no work is on any node."""
+        while self.works:
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._idle_waiters.append(waiter)
+            await waiter
+
+    def work_ended(self) -> None:
+        waiters, self._idle_waiters = self._idle_waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def find(self, node_id: NodeId) -> NodeLink | None:
+        return self._by_node.get(node_id)
+
+    def add(self, conversation: Conversation) -> NodeLink:
+        node_link = NodeLink(conversation, self)
+        self._all.add(node_link)
+        return node_link
+
+    @property
+    def count(self) -> int:
+        return len(self._by_node)
+
+    def judge(self, node_link: NodeLink, proven: Proven) -> None:
+        """A node has proven its key. May it join?"""
+        if self._invite_only:
+            account = self._accounts.authenticate(proven.join_token)
+            if account is None or "node" not in account.scopes:
+                node_link.link.refuse(
+                    Reason.JOIN_REFUSED,
+                    "this network takes nodes by invitation: ask its operator for a token from "
+                    "`gridmill keys create NAME --scope node` and pass it as --join-token",
+                )
+                node_link.conversation.wake()
+                return
+        older = self._by_node.pop(proven.node_id, None)
+        if older is not None:
+            older.conversation.close(Reason.SUPERSEDED, "the same node joined again")
+        node_link.record = self.registry.join(proven.node_id, proven.owner_id, proven.software)
+        self._by_node[proven.node_id] = node_link
+        node_link.link.admit(self._now())
+        node_link.conversation.wake()
+
+    def opened(self, node_link: NodeLink) -> None:
+        assert node_link.record is not None
+        log.info("node joined", extra={"node": node_link.record.node_id, "owner": node_link.record.owner_id})
+
+    def closed(self, node_link: NodeLink, closed: Closed) -> None:
+        self._all.discard(node_link)
+        self._latest_offers.pop(node_link, None)
+        record = node_link.record
+        if record is not None:
+            if self._by_node.get(record.node_id) is node_link:
+                del self._by_node[record.node_id]
+            self.registry.leave(record)
+        log.info(
+            "node left",
+            extra={
+                "node": record.node_id if record else None,
+                "reason": str(closed.reason),
+                "detail": closed.detail,
+                "said_by": "node" if closed.by_peer else "network",
+            },
+        )
+
+    def consider(self, node_link: NodeLink, offers: tuple[ClassOffer, ...]) -> None:
+        """New offers: learn the classes that are not known yet, then serve them."""
+        self._latest_offers[node_link] = offers[:OFFERS_PER_NODE_MAX]
+        self._spawn(self._learn_and_serve(node_link, offers[:OFFERS_PER_NODE_MAX]))
+
+    async def reconsider(self) -> None:
+        """The names changed: everybody's offers are looked at again."""
+        for node_link, offers in list(self._latest_offers.items()):
+            await self._learn_and_serve(node_link, offers)
+
+    async def _learn_and_serve(self, node_link: NodeLink, offers: tuple[ClassOffer, ...]) -> None:
+        record = node_link.record
+        assert record is not None
+        served: list[ClassOffer] = []
+        held_back: list[ClassOffer] = []
+        for offer in offers:
+            if not self.registry.may_serve(offer, record.node_id):
+                held_back.append(offer)
+                log.warning(
+                    "an offer waits for `gridmill classes approve`",
+                    extra={"node": record.node_id, "offer": offer.name, "class": offer.model_class.class_id[:8]},
+                )
+                continue
+            try:
+                await self._learn(node_link, offer)
+                await self.registry.approve(offer.name, offer.model_class.class_id, by=record.node_id)
+            except LinkLost:
+                return
+            except (ValueError, TimeoutError, TextError) as problem:
+                log.warning(
+                    "an offer cannot be served",
+                    extra={"node": record.node_id, "offer": offer.name, "reason": str(problem)[:300]},
+                )
+                continue
+            served.append(offer)
+        if self._latest_offers.get(node_link) is not offers:
+            return  # The node said something newer, or left, while its files were on the way.
+        self.registry.hold_back(record, held_back)
+        self.registry.offer(record, served)
+        log.info("node serves", extra={"node": record.node_id, "models": [offer.name for offer in served]})
+
+    async def _learn(self, node_link: NodeLink, offer: ClassOffer) -> None:
+        class_id = offer.model_class.class_id
+        async with self._learning.setdefault(class_id, asyncio.Lock()):
+            if self.registry.has_text(class_id):
+                return
+            model_class = offer.model_class
+            facts = parse_facts(await self._file(node_link, model_class.text_facts_sha256, TEXT_FACTS_BYTES_MAX))
+            await self._file(node_link, model_class.tokenizer_sha256, TOKENIZER_BYTES_MAX)
+            text = await self._texts.register(class_id, self._text_folder / model_class.tokenizer_sha256, facts)
+            await self.registry.learn_class(model_class, facts, text)
+
+    async def _file(self, node_link: NodeLink, sha256: str, bytes_max: int) -> bytes:
+        """From our own folder when its digest still holds, else from the node."""
+        if len(sha256) != 64 or not set(sha256) <= set("0123456789abcdef"):
+            raise ValueError("offers a class whose digests are not SHA-256")
+        path = self._text_folder / sha256
+        if path.exists():
+            data = await asyncio.to_thread(path.read_bytes)
+            if hashlib.sha256(data).hexdigest() == sha256:
+                return data
+        data = await node_link.fetch(sha256, bytes_max)
+        await asyncio.to_thread(_write_whole, path, data)
+        return data
+
+    async def relearn(self) -> None:
+        """After a restart: classes whose files are still here need no node to come back first."""
+        for class_id, (model_class, facts, _) in list(self.registry.known_classes().items()):
+            path = self._text_folder / model_class.tokenizer_sha256
+            if not path.exists() or self.registry.has_text(class_id):
+                continue
+            data = await asyncio.to_thread(path.read_bytes)
+            if hashlib.sha256(data).hexdigest() != model_class.tokenizer_sha256:
+                continue  # A half-written file from before: the next node that offers the class brings it again.
+            try:
+                text = await self._texts.register(class_id, path, facts)
+            except TextError as problem:
+                log.warning("a class cannot be read again", extra={"class": class_id[:8], "reason": str(problem)[:300]})
+                continue
+            await self.registry.learn_class(model_class, facts, text)
+
+    def say_goodbye(self, reason: Reason, detail: str) -> None:
+        for node_link in tuple(self._all):
+            node_link.conversation.close(reason, detail)
+
+    def drain(self, deadline_seconds: float) -> None:
+        for node_link in tuple(self._by_node.values()):
+            node_link.conversation.send(Drain(deadline_seconds))
+
+    @property
+    def works(self) -> int:
+        return sum(node_link.works for node_link in self._by_node.values())
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    """A reader sees the old file or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_bytes(data)
+    part.replace(path)

@@ -1,0 +1,93 @@
+"""The network's settings: one frozen object, built once. Every default is safe on a laptop's loopback."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from gridmill.settings_loader import SettingsError, load, parse_size, setting, toml_path_for
+
+DEFAULT_DATA = Path("~/.gridmill").expanduser()
+DEFAULT_PORT = 8420
+
+
+@dataclass(frozen=True)
+class NetworkSettings:
+    """What `gridmill network` can be told by flags, `GRIDMILL_…`, or `[network]` in DATA/gridmill.toml."""
+
+    data: Path = setting(DEFAULT_DATA, help="folder for the database, keys and text files of this network")
+    config: Path | None = setting(None, help="settings file (default: DATA/gridmill.toml, if it exists)")
+    host: str = setting("127.0.0.1", help="address to listen on; anything but loopback turns on --join invite")
+    port: int = setting(DEFAULT_PORT, help="port to listen on; 0 takes any free one")
+    public_url: str | None = setting(None, help="the URL under which nodes and users reach this network from outside")
+    join: Literal["open", "invite"] | None = setting(
+        None, help="who may join as a node: open (default on loopback) or invite (default elsewhere)"
+    )
+    approve: Literal["open", "operator"] | None = setting(
+        None, help="who decides what a model name means: open = any node (default on loopback), operator elsewhere"
+    )
+    tls_certificate: Path | None = setting(None, help="PEM file with the certificate chain, for https and wss")
+    tls_key: Path | None = setting(None, help="PEM file with the certificate's private key")
+    text_workers: int = setting(2, help="processes that run tokenizers and chat templates")
+    body_bytes: int = setting(4 << 20, help="largest request body", parse=parse_size)
+    queue_timeout_seconds: float = setting(30.0, help="how long a request may wait for a free place")
+    client_stall_timeout_seconds: float = setting(60.0, help="a reader that takes nothing for this long is cut off")
+    heartbeat_seconds: float = setting(5.0, help="how often nodes and network tell each other that they live")
+    drain_timeout_seconds: float = setting(30.0, help="how long running answers may go on after Ctrl-C")
+    log_level: Literal["debug", "info", "warning", "error"] = setting("info", help="how much goes to the log on stderr")
+    json: bool = setting(False, help="print one line of JSON on stdout when ready, and log in JSON")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise SettingsError("--port must be between 0 and 65535")
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise SettingsError("--tls-certificate and --tls-key belong together: give both")
+        if not 1 <= self.text_workers <= 64:
+            raise SettingsError("--text-workers must be between 1 and 64")
+        for name in ("queue_timeout_seconds", "client_stall_timeout_seconds", "heartbeat_seconds"):
+            if getattr(self, name) <= 0:
+                raise SettingsError(f"--{name.replace('_', '-')} must be above 0")
+        if self.body_bytes < 1024:
+            raise SettingsError("--body-bytes must be at least 1 KiB")
+
+    @property
+    def on_loopback(self) -> bool:
+        return is_loopback(self.host)
+
+    @property
+    def invite_only(self) -> bool:
+        return self.join == "invite" or (self.join is None and not self.on_loopback)
+
+    @property
+    def approve_mode(self) -> Literal["open", "operator"]:
+        return self.approve or ("open" if self.on_loopback else "operator")
+
+
+def load_network_settings(
+    flags: Mapping[str, object], environ: Mapping[str, str], known_elsewhere: frozenset[str]
+) -> NetworkSettings:
+    """Raises SettingsError with one sentence that names the setting."""
+    path, required = toml_path_for(flags, environ, DEFAULT_DATA)
+    return load(
+        NetworkSettings,
+        flags=flags,
+        environ=environ,
+        toml_path=path,
+        table="network",
+        known_elsewhere=known_elsewhere,
+        toml_required=required,
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether this name or address is this machine only."""
+    bare = host.strip("[]")
+    if bare == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(bare).is_loopback
+    except ValueError:
+        return False
