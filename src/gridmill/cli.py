@@ -1,7 +1,7 @@
 """`gridmill COMMAND`: each command is a few lines here that call an `app` or `operator` function.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage or settings, 3 the network cannot be reached or refuses, 4 the model
-cannot be loaded, 130 interrupted. Heavy modules are imported by the command that needs them: `gridmill --help` is quick.
+cannot be loaded, 130 interrupted. Heavy modules are imported by the command that needs them, so `--help` is quick.
 """
 
 from __future__ import annotations
