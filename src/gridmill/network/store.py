@@ -44,8 +44,9 @@ class Store:
         """Raises StoreUnusable when the file is newer than this program, or not a database."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         existed = self._path.exists()
-        connection = self._connect()
+        connection = sqlite3.connect(self._path, isolation_level=None)
         try:
+            _set_up(connection)
             applied = _schema_version(connection)
             if applied > len(migrations):
                 raise StoreUnusable(
@@ -92,16 +93,9 @@ class Store:
             self._inbox.put(None)
             thread.join()
 
-    def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
-        connection.execute("PRAGMA foreign_keys = ON")
-        connection.execute("PRAGMA busy_timeout = 5000")
-        return connection
-
     def _write_forever(self) -> None:
-        connection = self._connect()
+        connection = sqlite3.connect(self._path, isolation_level=None)
+        _set_up(connection)
         try:
             while (first := self._inbox.get()) is not None:
                 group = [first]
@@ -144,6 +138,13 @@ def _commit_group(
         return
     for future, result in done:
         future.set_result(result)
+
+
+def _set_up(connection: sqlite3.Connection) -> None:
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("PRAGMA foreign_keys = ON")
+    connection.execute("PRAGMA busy_timeout = 5000")
 
 
 def _schema_version(connection: sqlite3.Connection) -> int:
