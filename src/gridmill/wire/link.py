@@ -56,7 +56,8 @@ SEND_BYTES_MAX = (
     256 << 10
 )  # one socket send: coalescing more saves nothing, and receivers can bound a WebSocket message
 QUEUE_BYTES_MAX = 96 << 20  # one whole tokenizer plus work; past it the other side has stopped reading
-HEARTBEATS_REMEMBERED = 8  # whose sending times are kept for round trips; older ones are lost anyway
+HEARTBEATS_UNHEARD_MAX = 12  # a slow line's own buffers may hold half a minute of a tokenizer; past it nobody reads
+HEARTBEATS_REMEMBERED = 16  # whose sending times are kept for round trips; more than may go unheard
 SEQUENCE_LIMIT = 1 << 32
 SEQUENCES_RESERVED = 1 << 16  # what may still be queued when a worn-out link says goodbye
 
@@ -198,7 +199,7 @@ SENTENCES: dict[Reason, str] = {
     Reason.BAD_OWNER_CERTIFICATE: "the owner's certificate is not over this node's key",
     Reason.JOIN_REFUSED: "the network does not let this node in",
     Reason.GREETING_TIMEOUT: f"the greeting took longer than {GREETING_SECONDS_MAX:.0f} seconds",
-    Reason.HEARTBEAT_LOST: f"nothing was heard for {HEARTBEATS_MISSED_MAX} heartbeats",
+    Reason.HEARTBEAT_LOST: f"nothing was heard for {HEARTBEATS_MISSED_MAX} heartbeats, or none of ours was read",
     Reason.UNKNOWN_STREAM: "a message names a stream that was never offered",
     Reason.STREAM_REUSED: "an offer's stream number is not above all before it",
     Reason.DOUBLE_END: "a stream went on after it had ended",
@@ -498,7 +499,9 @@ class Link:
             self._last_heard = max(self._last_heard, now - (HEARTBEATS_MISSED_MAX - 1) * interval)
         self._last_tick = now
         if now >= self._last_heard + HEARTBEATS_MISSED_MAX * interval:
-            self._violated(Reason.HEARTBEAT_LOST, f"for {now - self._last_heard:.1f} seconds")
+            self._violated(Reason.HEARTBEAT_LOST, f"silent for {now - self._last_heard:.1f} seconds")
+        elif self._beats_sent - self._echo_heard > HEARTBEATS_UNHEARD_MAX:
+            self._violated(Reason.HEARTBEAT_LOST, f"{HEARTBEATS_UNHEARD_MAX} of ours were not read")
         elif now >= self._next_beat:
             self._beat(now)
         return self.take_events()
