@@ -23,7 +23,7 @@ from gridmill import __version__
 from gridmill.network.accounts import Accounts
 from gridmill.network.control import ControlServer, FolderLock
 from gridmill.network.dispatch import Dispatcher
-from gridmill.network.gateway.asgi import Receive, Scope, Send, send_bytes
+from gridmill.network.gateway.asgi import HttpProtocol, Receive, Scope, Send, send_bytes
 from gridmill.network.gateway.openai import OpenAIGateway
 from gridmill.network.links import Links
 from gridmill.network.metrics import Metrics
@@ -35,7 +35,7 @@ from gridmill.network.text import TextService
 from gridmill.wire.identity import Identity
 from gridmill.wire.link import Link, NetworkSide, Reason
 from gridmill.wire.messages import NodeId
-from gridmill.wire.transport import Conversation, serve_asgi_websocket
+from gridmill.wire.transport import WEBSOCKET_MESSAGE_BYTES_MAX, serve_asgi_websocket
 
 log = logging.getLogger("gridmill.network")
 
@@ -87,8 +87,7 @@ async def _serve(
             texts=texts,
             text_folder=settings.data / "text",
             invite_only=settings.invite_only,
-            spawn=lambda work: void(tasks.create_task(work)),  # type: ignore[arg-type]
-            now=time.monotonic,
+            spawn=lambda work: void(tasks.create_task(work)),
         )
         metrics = Metrics(links=lambda: links.count, works=lambda: links.works)
         dispatcher = Dispatcher(
@@ -122,10 +121,11 @@ async def _serve(
         server = _Server(
             uvicorn.Config(
                 Door(gateway=gateway, links=links, side=side, metrics=metrics),
-                http="httptools",
+                http=HttpProtocol,
                 ws="websockets-sansio",
                 ws_per_message_deflate=False,
-                ws_max_size=1 << 20,
+                ws_ping_interval=None,  # the link has its own heartbeat
+                ws_max_size=WEBSOCKET_MESSAGE_BYTES_MAX,
                 lifespan="off",
                 log_config=None,
                 access_log=False,
@@ -178,7 +178,7 @@ class Door:
             case "http", "/metrics":
                 await send_bytes(send, 200, self._metrics.exposition(), self._metrics.content_type.encode())
             case "websocket", "/link":
-                await serve_asgi_websocket(scope, receive, send, self._make_link, self._links.add)
+                await serve_asgi_websocket(scope, receive, send, self._make_link, self._links.converse)
             case "websocket", _:
                 await receive()
                 await send({"type": "websocket.close", "code": 4404})
@@ -289,6 +289,3 @@ def _gateway_secret(path: Path) -> bytes:
 
 def void(_: object) -> None:
     """For callbacks that must return nothing."""
-
-
-__all__ = ["Conversation", "Door", "run_network"]

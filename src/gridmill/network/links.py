@@ -10,14 +10,15 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 from gridmill.network.accounts import Accounts
 from gridmill.network.registry import NodeRecord, Registry
 from gridmill.network.text import TextError, TextService
 from gridmill.wire.classes import TEXT_FACTS_BYTES_MAX, TOKENIZER_BYTES_MAX, ClassId, parse_facts
-from gridmill.wire.link import Arrived, Closed, Link, Opened, Proven, Reason
+from gridmill.wire.link import Arrived, Closed, Opened, Proven, Reason
 from gridmill.wire.messages import (
     Accept,
     Cancel,
@@ -123,8 +124,6 @@ class NodeLink:
         self.record: NodeRecord | None = None
         self._streams: dict[int, NodeStream] = {}
         self._transfers: dict[int, _Transfer] = {}
-        self._next_stream = 1
-        self._next_transfer = 1
         self._grants: dict[int, int] = {}
         self._granting = False
 
@@ -134,8 +133,7 @@ class NodeLink:
         """Offers the work; the node answers on `stream.reply`."""
         record = self.record
         assert record is not None, "only joined nodes are offered work"
-        number = self._next_stream
-        self._next_stream += 1
+        number = self._conversation.link.next_stream()
 
         def ended() -> None:
             self._streams.pop(number, None)
@@ -169,15 +167,14 @@ class NodeLink:
         due = {number: ids for number, ids in self._grants.items() if ids >= CREDIT_GRANT_IDS_MIN}
         for number in due:
             del self._grants[number]
-        if due and not self._conversation.closed:
+        if due:
             self._conversation.send(Credit(tuple(due.items())))
 
     # ------------------------------------------------------------ files
 
     async def fetch(self, sha256: str, bytes_max: int) -> bytes:
         """A file by digest, checked. Raises LinkLost, TimeoutError, or ValueError when the node lied."""
-        number = self._next_transfer
-        self._next_transfer += 1
+        number = self._conversation.link.next_transfer()
         transfer = self._transfers[number] = _Transfer(bytes_max)
         self._conversation.send(Fetch(number, sha256))
         try:
@@ -244,7 +241,7 @@ class NodeLink:
                 pass  # Everything else is the link's own business, already checked against its table.
 
     def _lose(self, closed: Closed) -> None:
-        why = f"{closed.reason}: {closed.detail}" if closed.detail else str(closed.reason)
+        why = str(closed)
         for stream in tuple(self._streams.values()):
             stream.lose(why)
         for transfer in self._transfers.values():
@@ -253,10 +250,6 @@ class NodeLink:
         self._links.closed(self, closed)
 
     # ------------------------------------------------------------ for Links
-
-    @property
-    def link(self) -> Link:
-        return self._conversation.link
 
     @property
     def conversation(self) -> Conversation:
@@ -278,8 +271,7 @@ class Links:
         texts: TextService,
         text_folder: Path,
         invite_only: bool,
-        spawn: Callable[[Awaitable[None]], None],
-        now: Callable[[], float],
+        spawn: Callable[[Coroutine[Any, Any, None]], None],
     ) -> None:
         self.registry = registry
         self._accounts = accounts
@@ -287,7 +279,6 @@ class Links:
         self._text_folder = text_folder
         self._invite_only = invite_only
         self._spawn = spawn
-        self._now = now
         self._by_node: dict[NodeId, NodeLink] = {}
         self._all: set[NodeLink] = set()
         self._learning: dict[ClassId, asyncio.Lock] = {}
@@ -310,10 +301,11 @@ class Links:
     def find(self, node_id: NodeId) -> NodeLink | None:
         return self._by_node.get(node_id)
 
-    def add(self, conversation: Conversation) -> NodeLink:
+    async def converse(self, conversation: Conversation) -> None:
+        """Runs one node's conversation to its end."""
         node_link = NodeLink(conversation, self)
         self._all.add(node_link)
-        return node_link
+        await conversation.run(node_link.handle)
 
     @property
     def count(self) -> int:
@@ -324,20 +316,18 @@ class Links:
         if self._invite_only:
             account = self._accounts.authenticate(proven.join_token)
             if account is None or "node" not in account.scopes:
-                node_link.link.refuse(
+                node_link.conversation.refuse(
                     Reason.JOIN_REFUSED,
                     "this network takes nodes by invitation: ask its operator for a token from "
                     "`gridmill keys create NAME --scope node` and pass it as --join-token",
                 )
-                node_link.conversation.wake()
                 return
         older = self._by_node.pop(proven.node_id, None)
         if older is not None:
             older.conversation.close(Reason.SUPERSEDED, "the same node joined again")
         node_link.record = self.registry.join(proven.node_id, proven.owner_id, proven.software)
         self._by_node[proven.node_id] = node_link
-        node_link.link.admit(self._now())
-        node_link.conversation.wake()
+        node_link.conversation.admit()
 
     def opened(self, node_link: NodeLink) -> None:
         assert node_link.record is not None
@@ -356,8 +346,7 @@ class Links:
             extra={
                 "node": record.node_id if record else None,
                 "reason": str(closed.reason),
-                "detail": closed.detail,
-                "said_by": "node" if closed.by_peer else "network",
+                "sentence": str(closed),
             },
         )
 
@@ -445,10 +434,6 @@ class Links:
     def say_goodbye(self, reason: Reason, detail: str) -> None:
         for node_link in tuple(self._all):
             node_link.conversation.close(reason, detail)
-
-    def drain(self, deadline_seconds: float) -> None:
-        for node_link in tuple(self._by_node.values()):
-            node_link.conversation.send(Drain(deadline_seconds))
 
     @property
     def works(self) -> int:
