@@ -1,0 +1,186 @@
+"""The little of HTTP that every public API here needs, on raw ASGI.
+
+- A body is read under a size limit and a time limit; a caller that breaks either is told so and nothing is kept.
+- `Client` notices a caller that leaves, or that takes nothing, while its answer is being made. uvicorn's `send` returns
+  silently after a disconnect, so only `receive` tells.
+- Errors have OpenAI's shape whatever the API.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, NoReturn
+
+import msgspec
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Headers = list[tuple[bytes, bytes]]
+
+JSON = b"application/json"
+EVENT_STREAM = b"text/event-stream; charset=utf-8"
+BODY_BYTES_PER_SECOND_MIN = 16 << 10  # a slower body is not a slow line but somebody holding a place
+ABORT_EXTENSION = "gridmill.abort"
+
+_encode = msgspec.json.Encoder().encode
+
+
+class ApiError(Exception):
+    """An answer that is an error. `param` is the parameter at fault; `headers` go out with it."""
+
+    def __init__(
+        self, status: int, code: str | None, message: str, *, param: str | None = None, headers: Headers | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.param = param
+        self.headers = headers or []
+
+    def body(self) -> bytes:
+        """OpenAI's error object."""
+        kind = _ERROR_TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return _encode({"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}})
+
+
+_ERROR_TYPES = {403: "permission_error", 408: "timeout_error", 429: "rate_limit_error"}
+
+
+class ClientGone(Exception):
+    """Nobody is there to answer: the caller left, or took nothing for too long."""
+
+
+class Client:
+    """The far end of one exchange. One task waits in `gone` while others send."""
+
+    def __init__(
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        *,
+        clock: Callable[[], float],
+        stall_timeout_seconds: float,
+    ) -> None:
+        self.scope = scope
+        self._receive = receive
+        self._send = send
+        self._clock = clock
+        self._stall_timeout_seconds = stall_timeout_seconds
+        self._sends_waiting = 0
+        self._progress_at = 0.0
+
+    async def send_head(self, status: int, headers: Headers) -> None:
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def send_body(self, data: bytes, *, more: bool = True) -> None:
+        """Returns once the transport took the bytes, which is the back-pressure of a slow reader."""
+        if not self._sends_waiting:
+            self._progress_at = self._clock()
+        self._sends_waiting += 1
+        try:
+            await self._send({"type": "http.response.body", "body": data, "more_body": more})
+        finally:
+            self._sends_waiting -= 1
+            if self._sends_waiting:
+                self._progress_at = self._clock()
+
+    async def answer(self, status: int, body: bytes, content_type: bytes, headers: Headers) -> None:
+        length = str(len(body)).encode()
+        await self.send_head(status, [(b"content-type", content_type), (b"content-length", length), *headers])
+        await self.send_body(body, more=False)
+
+    async def gone(self) -> NoReturn:
+        """Waits for the caller to leave or to stall, then raises ClientGone. Call it once the body has been read."""
+        while True:
+            stall_in = self._stall_timeout_seconds
+            if self._sends_waiting:
+                stall_in -= self._clock() - self._progress_at
+            if stall_in <= 0:
+                await self._abort()
+                raise ClientGone(f"took nothing for {self._stall_timeout_seconds:g} s")
+            try:
+                async with asyncio.timeout(stall_in):
+                    message = await self._receive()
+            except TimeoutError:
+                continue
+            if message["type"] == "http.disconnect":
+                raise ClientGone("left")
+
+    async def _abort(self) -> None:
+        """Closes the connection without waiting for its buffer, which such a reader would never empty."""
+        extension = (self.scope.get("extensions") or {}).get(ABORT_EXTENSION)
+        if extension is not None:
+            extension["abort"]()
+            while (await self._receive())["type"] != "http.disconnect":
+                pass
+
+    async def read_body(self, bytes_max: int, timeout_seconds: float) -> bytes:
+        """The whole body. Raises ApiError (413, 408) or ClientGone.
+
+        `timeout_seconds` is for the first byte; each byte after it earns 1/BODY_BYTES_PER_SECOND_MIN more.
+        """
+        declared = header(self.scope, b"content-length")
+        if declared and declared.isdigit() and (len(declared) > 18 or int(declared) > bytes_max):
+            raise _too_large(bytes_max)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_seconds
+        pieces: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout_at(deadline) as limit:
+                while True:
+                    message = await self._receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientGone("left before its request was complete")
+                    piece = message.get("body", b"")
+                    size += len(piece)
+                    if size > bytes_max:
+                        raise _too_large(bytes_max)
+                    pieces.append(piece)
+                    if not message.get("more_body", False):
+                        return b"".join(pieces)
+                    limit.reschedule(deadline + size / BODY_BYTES_PER_SECOND_MIN)
+        except TimeoutError:
+            raise ApiError(
+                408,
+                "body_timeout",
+                f"the request body did not arrive in time: {size} bytes came",
+                headers=[(b"connection", b"close")],
+            ) from None
+
+
+def _too_large(bytes_max: int) -> ApiError:
+    # The connection stays open and the rest of the body is discarded as it comes: closing it now would reset it under a
+    # client that is still sending, and the client would never see why.
+    return ApiError(413, "body_too_large", f"the request body is over the limit of {bytes_max} bytes")
+
+
+def header(scope: Scope, name: bytes) -> bytes | None:
+    """The first header of that lower-case name."""
+    return next((value for key, value in scope["headers"] if key == name), None)
+
+
+async def send_bytes(send: Send, status: int, body: bytes, content_type: bytes, headers: Headers | None = None) -> None:
+    """One complete small answer."""
+    length = str(len(body)).encode()
+    head = [(b"content-type", content_type), (b"content-length", length), *(headers or [])]
+    await send({"type": "http.response.start", "status": status, "headers": head})
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+class HttpProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP/1.1 with one ASGI extension: `gridmill.abort` closes the connection at once.
+
+    ASGI has no such thing, and closing politely waits for a buffer that a stalled reader never empties.
+    Give it to uvicorn as `Config(http=HttpProtocol)`.
+    """
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.scope["extensions"] = {ABORT_EXTENSION: {"abort": self.transport.abort}}
