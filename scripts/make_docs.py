@@ -17,8 +17,8 @@ Generated from the program by `make docs`; every line below is what `gridmill CO
 
 Each setting can be given four ways; the earlier wins: the flag (`--queue-timeout-seconds 10`), the environment
 (`GRIDMILL_QUEUE_TIMEOUT_SECONDS=10`, or `GRIDMILL_NETWORK_…` and `GRIDMILL_NODE_…` to tell the programs apart),
-`[network]` or `[node]` in `DATA/gridmill.toml` (`queue_timeout_seconds = 10`), the default. A name that is no setting is
-refused, with the nearest one.
+`[network]` or `[node]` in `DATA/gridmill.toml` (`queue_timeout_seconds = 10`), the default. A name that is no setting
+is refused, with the nearest one.
 
 With `--json` the long-running commands print one line of JSON on stdout when they are ready to serve:
 `{"base_url", "api_key" (up only), "model", "node_id" (node and up)}`; everything else goes to stderr.

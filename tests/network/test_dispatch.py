@@ -84,7 +84,7 @@ class ScriptedNode:
         self.slots = slots
         self.heard: list[object] = []
         self.news = asyncio.Event()
-        self.identity = Identity.generate()
+        self.identity = Identity(os.urandom(32))
         self.socket = MemorySocket()
         self.tasks: asyncio.TaskGroup | None = None
         self.tokenizer = TOKENIZER
@@ -160,7 +160,7 @@ class World:
 
     def __init__(self, folder: Path, tasks: asyncio.TaskGroup, store: Store, **options: Any) -> None:
         self.tasks = tasks
-        self.identity = Identity.generate()
+        self.identity = Identity(os.urandom(32))
         self.accounts = Accounts(store, now=lambda: 0.0, entropy=os.urandom)
         self.registry = Registry(store, approve="open", now=lambda: 0.0)
         self.observer = Observations()
@@ -289,7 +289,7 @@ def test_a_reader_who_stops_reading_stops_the_node_at_its_credit(tmp_path: Path)
         task = asyncio.create_task(world.dispatcher.serve(work(2000), ACCOUNT, held))
         fast = Reader()
         await fast.serve(world, work(2000, "fast"))  # the other stream is not held up
-        stream = node.heard_of(Offer)[0].stream
+        stream = next(offer.stream for offer in node.heard_of(Offer) if offer.work.work_id == "w")
         assert node.conversation.link.credit_left(stream) == 0
         assert node.conversation.link.position_of(stream) == STREAM_CREDIT_IDS
         gate.set()
@@ -492,7 +492,7 @@ def test_a_network_that_stops_admits_nothing_and_lets_the_running_finish(tmp_pat
         while not reader.ids:
             await asyncio.sleep(0)
         world.dispatcher.stop_admitting()
-        with pytest.raises(NoRoom, match="stopping"):
+        with pytest.raises(NoRoom, match="shutting down"):
             await Reader().serve(world, work())
         assert (await task).output_tokens == 500
 
