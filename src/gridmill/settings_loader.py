@@ -82,12 +82,21 @@ def load(
         raise SettingsError(str(problem)) from problem
 
 
-def setting(default: Any = dataclasses.MISSING, *, help: str = "", parse: Callable[[str], Any] | None = None) -> Any:
-    """A dataclass field with a sentence for `--help` and, where needed, a reader of its text (raising ValueError)."""
+def setting(
+    default: Any = dataclasses.MISSING,
+    *,
+    help: str = "",
+    parse: Callable[[str], Any] | None = None,
+    secret: bool = False,
+) -> Any:
+    """A dataclass field with a sentence for `--help` and, where needed, a reader of its text (raising ValueError).
+
+    A `secret` stays out of the object's repr, and so out of logs.
+    """
     metadata = {"help": help, "parse": parse}
     if default is dataclasses.MISSING:
-        return dataclasses.field(metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+        return dataclasses.field(metadata=metadata, repr=not secret)
+    return dataclasses.field(default=default, metadata=metadata, repr=not secret)
 
 
 def field_names(cls: type[DataclassInstance]) -> frozenset[str]:
