@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any, NoReturn
+from typing import Any
 
 import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -74,6 +74,7 @@ class Client:
         self._stall_timeout_seconds = stall_timeout_seconds
         self._sends_waiting = 0
         self._progress_at = 0.0
+        self._complete = False
 
     async def send_head(self, status: int, headers: Headers) -> None:
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
@@ -83,6 +84,7 @@ class Client:
         if not self._sends_waiting:
             self._progress_at = self._clock()
         self._sends_waiting += 1
+        self._complete = self._complete or not more
         try:
             await self._send({"type": "http.response.body", "body": data, "more_body": more})
         finally:
@@ -95,8 +97,11 @@ class Client:
         await self.send_head(status, [(b"content-type", content_type), (b"content-length", length), *headers])
         await self.send_body(body, more=False)
 
-    async def gone(self) -> NoReturn:
-        """Waits for the caller to leave or to stall, then raises ClientGone. Call it once the body has been read."""
+    async def gone(self) -> None:
+        """Raises ClientGone when the caller leaves or stalls; returns when its answer is complete.
+
+        To be awaited once the request body has been read.
+        """
         while True:
             stall_in = self._stall_timeout_seconds
             if self._sends_waiting:
@@ -110,6 +115,8 @@ class Client:
             except TimeoutError:
                 continue
             if message["type"] == "http.disconnect":
+                if self._complete:
+                    return  # ASGI has the same word for both.
                 raise ClientGone("left")
 
     async def _abort(self) -> None:
