@@ -4,12 +4,15 @@
    are neighbours is read in place, without a copy; any other layout is gathered.
 2. All indices of a forward pass are computed once, in a Plan, not once per layer.
 3. The model's own layers call us through transformers' attention interface; they never learn that pages exist.
+4. In exact mode a query's result depends on its own keys alone, bit by bit: see `Pool._lean`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import Enum
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,6 +20,29 @@ from torch.nn import functional
 from transformers import AttentionInterface
 
 ATTENTION = "gridmill_paged"
+LANE = 16  # exact mode reads keys in multiples of this: the widest vector unit holds 16 float32
+BLOCK = 256  # exact mode: values summed in one matrix product; MKL splits sums longer than this
+ROWS_MIN = 4  # LEAN: MKL has kernels of their own for one, two and three rows
+ROWS_FIXED = 16  # FIXED: query rows in every call
+MINUS_INFINITY = float("-inf")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """What one layer's attention looks like from outside."""
+
+    heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+
+class Recipe(Enum):
+    """How attention is computed."""
+
+    FAST = "fast"  # whatever is quickest; bits may depend on the batch
+    LEAN = "lean"  # exact, resting on facts about a kernel library that `choose_recipe` checks on this machine
+    FIXED = "fixed"  # exact, every kernel call has the same shape; slow, and what a GPU gets
 
 
 @dataclass(slots=True)
@@ -27,38 +53,43 @@ class Span:
     length: int
     position: int  # of the first new token
     base: int  # slot of position 0 when `slots` is None: the pages are neighbours
-    slots: torch.Tensor | None  # [position + length], the slot of every position
+    slots: torch.Tensor | None  # the slot of every position up to the end of the last page
 
 
 @dataclass(slots=True)
 class Plan:
-    """What every layer of one forward pass needs to know."""
+    """What every layer of one forward pass needs to know. Tokens of the batch behind the last span are padding."""
 
     spans: list[Span]
-    new_slots: torch.Tensor  # [N], where the new keys and values go
+    new_slots: torch.Tensor  # [sum of lengths], where the new keys and values go
     new_run: int  # the first of them when they are consecutive, else -1
-    masks: dict[tuple[int, int, int], torch.Tensor]  # (length, keys, window) → additive mask, shared by the layers
+    stale_slots: torch.Tensor | None  # exact mode: slots behind the first token of a page, still another session's
+    hidden: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)  # masks, shared by the layers
 
 
 class Pool:
-    """Keys and values of the layers of one slice. `shapes` has (kv_heads, key_dim, value_dim) per layer."""
+    """Keys and values of the layers of one slice, and the attention over them."""
 
     def __init__(
         self,
-        shapes: Sequence[tuple[int, int, int]],
+        shapes: Sequence[LayerShape],
         *,
         pages: int,
         page_tokens: int,
         dtype: torch.dtype,
         device: torch.device,
+        recipe: Recipe = Recipe.FAST,
     ) -> None:
+        if recipe is not Recipe.FAST and page_tokens % LANE:
+            raise ValueError(f"exact mode needs pages of a multiple of {LANE} tokens, not {page_tokens}")
         self.pages = pages
         self.page_tokens = page_tokens
         self.device = device
+        self.recipe = recipe
         slots = pages * page_tokens
         # Zeros, not garbage: a NaN left behind in memory would survive a multiplication by a zero weight.
-        self.keys = [torch.zeros(heads, slots, dim, dtype=dtype, device=device) for heads, dim, _ in shapes]
-        self.values = [torch.zeros(heads, slots, dim, dtype=dtype, device=device) for heads, _, dim in shapes]
+        self.keys = [torch.zeros(s.kv_heads, slots, s.key_dim, dtype=dtype, device=device) for s in shapes]
+        self.values = [torch.zeros(s.kv_heads, slots, s.value_dim, dtype=dtype, device=device) for s in shapes]
         self.plan: Plan | None = None
 
     def layout(self, positions: Sequence[int], lengths: Sequence[int], tables: Sequence[Sequence[int]]) -> Plan:
@@ -66,8 +97,10 @@ class Pool:
         size = self.page_tokens
         spans: list[Span] = []
         new_slots: list[torch.Tensor] = []
-        run_ends: int | None = None
-        first_slot = -1
+        stale: list[int] = []
+        single: list[int] = []  # slots of one-token rows, the common case, kept out of tensors until the end
+        new_run = -1
+        start = 0
         for position, length, table in zip(positions, lengths, tables, strict=True):
             end = position + length
             needed = -(-end // size)
@@ -76,24 +109,29 @@ class Pool:
             used = list(table[:needed])
             if min(used) < 0 or max(used) >= self.pages:
                 raise ValueError(f"a page table names a page outside 0:{self.pages}")
-            start = spans[-1].start + spans[-1].length if spans else 0
-            if used[-1] - used[0] == needed - 1 and used == list(range(used[0], used[0] + needed)):
-                base, slots = used[0] * size, None
-                fresh = torch.arange(base + position, base + end)
-            else:
-                pages = torch.tensor(used)
+            slots = None
+            base = used[0] * size
+            if used[-1] - used[0] != needed - 1 or used != list(range(used[0], used[0] + needed)):
                 base = -1
-                slots = (pages[:, None] * size + torch.arange(size)).view(-1)[:end]
-                fresh = slots[position:]
-                slots = slots.to(self.device)
-            spans.append(Span(start, length, position, base, slots))
-            new_slots.append(fresh)
-            if slots is None and (run_ends is None and len(spans) == 1):
-                first_slot, run_ends = base + position, base + end
+                slots = (torch.tensor(used)[:, None] * size + torch.arange(size)).view(-1)
+            if length == 1:
+                single.append(used[-1] * size + position % size)
             else:
-                first_slot = -1
+                if single:
+                    new_slots.append(torch.tensor(single))
+                    single = []
+                fresh = torch.arange(base + position, base + end) if slots is None else slots[position:end]
+                new_slots.append(fresh)
+            new_run = base + position if slots is None and start == 0 else -1
+            if self.recipe is Recipe.LEAN and end % size and position <= end - end % size:
+                stale.extend(range(used[-1] * size + end % size, (used[-1] + 1) * size))
+            spans.append(Span(start, length, position, base, None if slots is None else slots.to(self.device)))
+            start += length
+        if single:
+            new_slots.append(torch.tensor(single))
         flat = new_slots[0] if len(new_slots) == 1 else torch.cat(new_slots)
-        return Plan(spans, flat.to(self.device), first_slot, {})
+        stale_slots = torch.tensor(stale, device=self.device) if stale else None
+        return Plan(spans, flat.to(self.device), new_run, stale_slots)
 
     def attend(
         self,
@@ -111,80 +149,265 @@ class Pool:
         plan = self.plan
         assert plan is not None, "attention outside Runner.forward"
         keys, values = self.keys[layer], self.values[layer]
-        count = query.shape[2]
-        if plan.new_run >= 0:
-            keys[:, plan.new_run : plan.new_run + count] = key[0]
-            values[:, plan.new_run : plan.new_run + count] = value[0]
-        else:
-            keys.index_copy_(1, plan.new_slots, key[0])
-            values.index_copy_(1, plan.new_slots, value[0])
+        heads, count = query.shape[1], query.shape[2]
         kv_heads = keys.shape[0]
-        group = query.shape[1] // kv_heads
-        grouped = query.view(kv_heads, group, count, query.shape[3])
-        out = query.new_empty(count, kv_heads, group, values.shape[2])
+        real = plan.new_slots.shape[0]
+        key, value = key[0], value[0]
+        if real < count:
+            key, value = key[:, :real], value[:, :real]
+        if plan.new_run >= 0:
+            keys[:, plan.new_run : plan.new_run + real] = key
+            values[:, plan.new_run : plan.new_run + real] = value
+        else:
+            keys.index_copy_(1, plan.new_slots, key)
+            values.index_copy_(1, plan.new_slots, value)
+        if plan.stale_slots is not None:
+            values.index_fill_(1, plan.stale_slots, 0.0)
+        # Token-major, which is how projections leave them, so one token's heads are a view.
+        queries = query[0].transpose(0, 1).reshape(count, kv_heads, heads // kv_heads, -1)
+        out = queries.new_zeros(count, kv_heads, heads // kv_heads, values.shape[2])
         for span in plan.spans:
             first = 0 if window is None else max(0, span.position - window + 1)
-            end = span.position + span.length
-            if span.slots is None:
-                k = keys[:, span.base + first : span.base + end]
-                v = values[:, span.base + first : span.base + end]
-            else:
-                slots = span.slots[first:end]
-                k, v = keys.index_select(1, slots), values.index_select(1, slots)
+            if self.recipe is Recipe.FAST:
+                self._fast(plan, span, first, queries, keys, values, out, scaling, window, softcap, sinks)
+                continue
             stop = span.start + span.length
-            q = grouped[:, :, span.start : stop].reshape(kv_heads, group * span.length, -1)
-            mask = None if span.length == 1 else self._mask(plan, span, first, window, group, query.dtype)
-            if softcap is None and sinks is None and span.length > 1:
-                result = functional.scaled_dot_product_attention(
-                    q[None], k[None], v[None], attn_mask=mask, scale=scaling
-                )[0]
-            else:
-                result = _plain(q, k, v, mask, scaling, softcap, sinks, group)
-            out[span.start : stop] = result.view(kv_heads, group, span.length, -1).permute(2, 0, 1, 3)
-        return out.view(1, count, kv_heads * group, -1)
+            q = queries[span.start : stop].transpose(0, 1).reshape(kv_heads, -1, queries.shape[3]) * scaling
+            exact = self._lean if self.recipe is Recipe.LEAN else self._fixed
+            result = exact(plan, span, first, q, keys, values, window, softcap, sinks)
+            out[span.start : stop] = result.view(kv_heads, span.length, -1, values.shape[2]).transpose(0, 1)
+        return out.view(1, count, heads, -1)
 
-    def _mask(
-        self, plan: Plan, span: Span, first: int, window: int | None, group: int, dtype: torch.dtype
+    def _fast(
+        self,
+        plan: Plan,
+        span: Span,
+        first: int,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        out: torch.Tensor,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> None:
+        end = span.position + span.length
+        k, v = _read(span, keys, values, first, end)
+        if span.length == 1:
+            scores = torch.bmm(queries[span.start] * scaling, k.transpose(1, 2))
+            if softcap is not None:
+                scores = torch.tanh(scores / softcap) * softcap
+            torch.bmm(_softmax(scores, sinks).to(v.dtype), v, out=out[span.start])
+            return
+        kv_heads, group = keys.shape[0], queries.shape[2]
+        stop = span.start + span.length
+        q = queries[span.start : stop].transpose(0, 1).reshape(kv_heads, span.length * group, -1)
+        hidden = self._hidden(plan, span, first, end, window, group)
+        if softcap is None and sinks is None:
+            result = functional.scaled_dot_product_attention(
+                q[None], k[None], v[None], attn_mask=~hidden, scale=scaling
+            )
+        else:
+            scores = torch.bmm(q * scaling, k.transpose(1, 2))
+            if softcap is not None:
+                scores = torch.tanh(scores / softcap) * softcap
+            result = torch.bmm(_softmax(scores.masked_fill_(hidden, MINUS_INFINITY), sinks).to(v.dtype), v)
+        out[span.start : stop] = result.view(kv_heads, span.length, group, -1).transpose(0, 1)
+
+    def _lean(
+        self,
+        plan: Plan,
+        span: Span,
+        first: int,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        window: int | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Additive, [group * length, keys]: causal, and inside the window where there is one."""
-        name = (span.position - first, span.length, -1 if window is None else window)
-        mask = plan.masks.get(name)
-        if mask is None:
+        """The same sum in the same order for a query, whatever is computed beside it. q [kv_heads, rows, dim], scaled.
+
+        Keys are read from one multiple of LANE to another, so key i always falls on vector lane i % LANE of the
+        softmax. Hidden keys weigh exactly zero, and adding zero changes no bit. Values are summed in blocks that start
+        at absolute multiples of BLOCK, one block after the other.
+        """
+        end = span.position + span.length
+        low = first - first % LANE
+        high = -(-end // LANE) * LANE
+        k, v = _read(span, keys, values, low, high)
+        rows = q.shape[1]
+        if rows < ROWS_MIN:
+            q = functional.pad(q, (0, 0, 0, ROWS_MIN - rows))
+        scores = torch.bmm(q, k.transpose(1, 2))
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        # Filled, not added to: what stands in slots behind the end may be anything.
+        if span.length == 1:
+            if high > end:
+                scores[:, :, end - low :] = MINUS_INFINITY
+            if first > low:
+                scores[:, :, : first - low] = MINUS_INFINITY
+        else:
+            hidden = self._hidden(plan, span, low, high, window, rows // span.length)
+            if rows < ROWS_MIN:
+                hidden = functional.pad(hidden, (0, 0, 0, ROWS_MIN - rows))
+            scores.masked_fill_(hidden, MINUS_INFINITY)
+        weights = _softmax(scores, sinks)
+        total = None
+        for start, stop in _blocks(low, high):
+            part = torch.bmm(weights[:, :, start - low : stop - low], v[:, start - low : stop - low])
+            total = part if total is None else total + part
+        assert total is not None
+        return total[:, :rows]
+
+    def _fixed(
+        self,
+        plan: Plan,
+        span: Span,
+        first: int,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        window: int | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """As `_lean`, in calls of ROWS_FIXED query rows and BLOCK keys, whatever the work is."""
+        end = span.position + span.length
+        low = first - first % BLOCK
+        high = -(-end // BLOCK) * BLOCK
+        slots = self._slots(span)
+        slots = functional.pad(slots[low:end], (0, high - end))
+        k, v = keys.index_select(1, slots), values.index_select(1, slots)
+        v[:, end - low :] = 0.0
+        group = q.shape[1] // span.length
+        hidden = self._hidden(plan, span, low, high, window, group)
+        pieces: list[torch.Tensor] = []
+        for row in range(0, q.shape[1], ROWS_FIXED):
+            rows = min(ROWS_FIXED, q.shape[1] - row)
+            piece = functional.pad(q[:, row : row + rows], (0, 0, 0, ROWS_FIXED - rows))
+            veil = functional.pad(hidden[row : row + rows], (0, 0, 0, ROWS_FIXED - rows))
+            parts = []
+            for start, stop in _blocks(low, high):
+                scores = torch.bmm(piece, k[:, start - low : stop - low].transpose(1, 2))
+                if softcap is not None:
+                    scores = torch.tanh(scores / softcap) * softcap
+                parts.append(scores.masked_fill_(veil[:, start - low : stop - low], MINUS_INFINITY))
+            highest = parts[0].amax(-1, keepdim=True)
+            for scores in parts[1:]:
+                highest = torch.maximum(highest, scores.amax(-1, keepdim=True))
+            column = None
+            if sinks is not None:
+                column = _sink_column(sinks, keys.shape[0], q.shape[1])[:, row : row + rows]
+                column = functional.pad(column, (0, 0, 0, ROWS_FIXED - rows))
+                highest = torch.maximum(highest, column)
+            total = mass = None
+            for scores, (start, stop) in zip(parts, _blocks(low, high), strict=True):
+                weights = (scores - highest).exp_()
+                part, share = torch.bmm(weights, v[:, start - low : stop - low]), weights.sum(-1, keepdim=True)
+                total = part if total is None else total + part
+                mass = share if mass is None else mass + share
+            assert total is not None and mass is not None
+            if column is not None:
+                mass = mass + (column - highest).exp_()
+            pieces.append((total / mass)[:, :rows])
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+
+    def _slots(self, span: Span) -> torch.Tensor:
+        if span.slots is not None:
+            return span.slots
+        return torch.arange(span.base, span.base + span.position + span.length, device=self.device)
+
+    def _hidden(self, plan: Plan, span: Span, low: int, high: int, window: int | None, group: int) -> torch.Tensor:
+        """[length * group, high - low], true where a query must not look: later keys, and those before its window."""
+        name = (span.position - low, span.length, high - low, -1 if window is None else window, group)
+        hidden = plan.hidden.get(name)
+        if hidden is None:
             here = torch.arange(span.position, span.position + span.length, device=self.device)[:, None]
-            there = torch.arange(first, span.position + span.length, device=self.device)
+            there = torch.arange(low, high, device=self.device)
             hidden = there > here
             if window is not None:
                 hidden = hidden | (there <= here - window)
-            mask = torch.zeros(hidden.shape, dtype=dtype, device=self.device).masked_fill_(hidden, float("-inf"))
-            mask = mask.repeat(group, 1)
-            plan.masks[name] = mask
-        return mask
+            if group > 1:
+                hidden = hidden.repeat_interleave(group, 0)
+            plan.hidden[name] = hidden
+        return hidden
 
 
-def _plain(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: float,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-    group: int,
-) -> torch.Tensor:
-    """q [kv_heads, group * n, d], k and v [kv_heads, L, d]: three matrix steps, cheaper than SDPA for one token."""
-    scores = torch.bmm(q * scaling, k.transpose(1, 2))
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    if mask is not None:
-        scores = scores + mask
+def _read(
+    span: Span, keys: torch.Tensor, values: torch.Tensor, low: int, high: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of positions [low, high), [kv_heads, high - low, dim]; a view when the pages are neighbours."""
+    if span.slots is None:
+        return keys[:, span.base + low : span.base + high], values[:, span.base + low : span.base + high]
+    slots = span.slots[low:high]
+    return keys.index_select(1, slots), values.index_select(1, slots)
+
+
+def _blocks(low: int, high: int) -> list[tuple[int, int]]:
+    """[low, high) cut at the absolute multiples of BLOCK."""
+    edges = [low, *range((low // BLOCK + 1) * BLOCK, high, BLOCK), high]
+    return list(pairwise(edges))
+
+
+def _softmax(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    """Over the last dimension of [kv_heads, rows, keys], in float32."""
     if sinks is None:
-        weights = torch.softmax(scores, dim=-1, dtype=torch.float32)
-    else:
-        # A sink is one more score per head that takes weight away and has no value.
-        column = sinks.view(k.shape[0], group, 1, 1).expand(-1, -1, q.shape[1] // group, 1)
-        column = column.reshape(k.shape[0], q.shape[1], 1).to(scores.dtype)
-        weights = torch.softmax(torch.cat([scores, column], dim=-1), dim=-1, dtype=torch.float32)[..., :-1]
-    return torch.bmm(weights.to(v.dtype), v)
+        return torch.softmax(scores, dim=-1, dtype=torch.float32)
+    # A sink is one more score per head: it takes weight away and has no value. It comes first and takes a whole lane
+    # group, so that key i stays on its vector lane.
+    lead = scores.new_full((scores.shape[0], scores.shape[1], LANE), MINUS_INFINITY)
+    column = _sink_column(sinks, scores.shape[0], scores.shape[1])
+    lead[:, : column.shape[1], :1] = column
+    return torch.softmax(torch.cat([lead, scores], dim=-1), dim=-1, dtype=torch.float32)[:, :, LANE:]
+
+
+def _sink_column(sinks: torch.Tensor, kv_heads: int, rows: int) -> torch.Tensor:
+    """[kv_heads, rows, 1] from one sink per head; rows are token-major, a group of heads per token."""
+    group = sinks.shape[0] // kv_heads
+    return sinks.view(kv_heads, group, 1).repeat(1, max(1, rows // group), 1)
+
+
+def choose_recipe(shapes: Sequence[LayerShape], device: torch.device) -> Recipe:
+    """LEAN when its assumptions hold for these shapes on this machine with this number of threads, else FIXED.
+
+    Random keys under every way a token can be computed: alone, in chunks, in place, gathered, with a window. Kernels
+    are chosen by shape and not by content, so a few hundred outputs that all agree leave little room for chance.
+    """
+    if device.type != "cpu":
+        return Recipe.FIXED
+    generator = torch.Generator().manual_seed(0)
+    pages, position, count = 44, 600, 24
+    for shape in sorted(set(shapes), key=repr):
+        pool = Pool([shape], pages=pages, page_tokens=16, dtype=torch.float32, device=device, recipe=Recipe.LEAN)
+        keys = torch.randn(shape.kv_heads, position + count, shape.key_dim, generator=generator)
+        values = torch.randn(shape.kv_heads, position + count, shape.value_dim, generator=generator)
+        queries = torch.randn(shape.heads, position + count, shape.key_dim, generator=generator)
+        neighbours = list(range(2, 2 + 40))
+        scattered = torch.randperm(pages, generator=generator)[:40].tolist()
+
+        def run(
+            cuts: Sequence[tuple[int, int]], table: list[int], window: int | None, pool: Pool, *all_: torch.Tensor
+        ) -> torch.Tensor:
+            out = []
+            for low, high in cuts:
+                pool.plan = pool.layout([low], [high - low], [table])
+                part = [tensor[None, :, low:high] for tensor in all_]
+                out.append(pool.attend(0, *part, scaling=0.125, window=window, softcap=None, sinks=None)[0])
+            return torch.cat(out)
+
+        for start, window in ((0, None), (position, None), (position, 40)):
+            stop = start + count
+            warm = [(0, start)] if start else []
+            alone = [*warm, *((i, i + 1) for i in range(start, stop))]
+            reference = run(alone, neighbours, window, pool, queries, keys, values)
+            for table in (neighbours, scattered):
+                for cuts in ([(start, stop)], [(start, start + 7), (start + 7, stop)]):
+                    if not torch.equal(run([*warm, *cuts], table, window, pool, queries, keys, values), reference):
+                        return Recipe.FIXED
+    return Recipe.LEAN
 
 
 def attention(

@@ -9,19 +9,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 import torch
+from torch.nn import functional
 
-from gridmill.node.engines.native.pool import ATTENTION, Pool
+from gridmill.node.engines.native.experts import EXPERTS
+from gridmill.node.engines.native.packing import pack_linears
+from gridmill.node.engines.native.pool import ATTENTION, LayerShape, Pool, Recipe, choose_recipe
 from gridmill.node.engines.native.slice import ModelUnsupported, Progress, Slice, Stub, load_slice, read_config
 
 FLOAT32_BYTES_MAX = 2 << 30  # `auto` on a CPU computes models up to this size in float32, larger ones as stored
 KV_FRACTION_CPU, KV_FRACTION_CUDA = 0.25, 0.85  # of what is free once the weights are loaded
 KV_BYTES_MAX_CPU = 4 << 30  # 64 long conversations of a small model; a CPU serves no more at a useful speed
+TILES = (4, 8, 16, 32, 64, 128)  # exact mode: batch sizes to try; all that agree bit by bit on this machine are used
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -90,13 +94,24 @@ class Runner:
         self.hidden_size: int = part.config.hidden_size
         self.page_tokens = page_tokens
         self.arithmetic = "float32-exact" if self.exact else str(self.dtype).removeprefix("torch.")
+        self._threads = torch.get_num_threads()
         self._stub = next((child for child in part.causal.children() if isinstance(child, Stub)), None)
         self._given: torch.Tensor | None = None  # the hidden states that replace the embeddings of a later stage
         if not self.is_first:
             part.core.layers[0].register_forward_pre_hook(self._hand_over, with_kwargs=True)
+        modules = [*part.core.modules(), *part.causal.modules()]
+        if self.device.type == "cpu":
+            pack_linears(modules, exact=self.exact)
+        if self.exact:
+            torch.backends.cuda.matmul.allow_tf32 = False
+            for module in modules:
+                if hasattr(module, "is_concatenated") and hasattr(module, "has_post_expert_norm"):
+                    module.config._experts_implementation = EXPERTS
         shapes = self._probe()
         element_bytes = torch.empty(0, dtype=self.dtype).element_size()
-        self.kv_bytes_per_page = page_tokens * element_bytes * sum(heads * (k + v) for heads, k, v in shapes)
+        self.kv_bytes_per_page = (
+            page_tokens * element_bytes * sum(s.kv_heads * (s.key_dim + s.value_dim) for s in shapes)
+        )
         if kv_pages is None:
             if kv_bytes is None:
                 kv_bytes = _free_bytes(self.device)
@@ -106,11 +121,73 @@ class Runner:
                 f"the memory given to the KV cache holds no page of {self.kv_bytes_per_page} bytes: give it more."
             )
         self.pages = kv_pages
-        self._pool = Pool(shapes, pages=kv_pages, page_tokens=page_tokens, dtype=self.dtype, device=self.device)
-        for number, layer in enumerate(part.core.layers):
+        recipe = choose_recipe(shapes, self.device) if self.exact else Recipe.FAST
+        self._use(
+            Pool(
+                shapes,
+                pages=kv_pages,
+                page_tokens=page_tokens,
+                dtype=self.dtype,
+                device=self.device,
+                recipe=recipe,
+            )
+        )
+        self._tiles: tuple[int, ...] = ()
+        self.exact_holds = False
+        if self.exact:
+            self._choose_tiles(shapes)
+
+    def _use(self, pool: Pool) -> None:
+        self._pool = pool
+        for number, layer in enumerate(self._slice.core.layers):
             for module in layer.modules():
                 if hasattr(module, "gridmill_attend"):
-                    module.gridmill_attend = _Attend(self._pool, number)
+                    module.gridmill_attend = _Attend(pool, number)
+
+    def _choose_tiles(self, shapes: list[LayerShape]) -> None:
+        """Keeps the batch sizes that give the same bits, and says in `exact_holds` whether one does at every place.
+
+        The real weights see random tokens alone, moved within a batch, and in batches of every size. Kernels are chosen
+        by shape and not by content, so agreement over thousands of numbers leaves little room for chance.
+        """
+        real = self._pool
+        count, generator = max(TILES), torch.Generator().manual_seed(0)
+        try:
+            self._use(
+                Pool(
+                    shapes,
+                    pages=count,
+                    page_tokens=self.page_tokens,
+                    dtype=self.dtype,
+                    device=self.device,
+                    recipe=real.recipe,
+                )
+            )
+            if self.is_first:
+                ids = torch.randint(self.vocab_size, (count,), generator=generator).tolist()
+                rows = [Row(0, [page], [token], logits=1) for page, token in enumerate(ids)]
+            else:
+                states = torch.randn(count, self.hidden_size, generator=generator)
+                rows = [Row(0, [page], None, hidden=state[None], logits=1) for page, state in enumerate(states)]
+            for smallest in TILES:
+                self._tiles = (smallest,)
+                reference = torch.cat([self.forward([row]) for row in rows[: 2 * smallest]])
+                turned = [*rows[2 * smallest - 1 :: -1]] if 2 * smallest <= count else rows[::-1]
+                moved = [self.forward(turned).flip(0), torch.cat([self.forward(rows[:1]), self.forward(rows[1:])])]
+                self.exact_holds = all(torch.equal(one[: len(reference)], reference) for one in moved)
+                if self.exact_holds:
+                    break
+            kept = list(self._tiles)
+            for size in TILES:
+                if size > kept[0] and self.exact_holds:
+                    self._tiles = (size,)
+                    many = self.forward(rows)
+                    turned_back = self.forward(rows[::-1]).flip(0)
+                    if torch.equal(many[: len(reference)], reference) and torch.equal(many, turned_back):
+                        kept.append(size)
+            self._tiles = tuple(kept)
+        finally:
+            self._use(real)
 
     def _hand_over(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Gives the first layer of a later stage exactly the states that came in.
@@ -121,18 +198,18 @@ class Runner:
             return (self._given, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": self._given}
 
-    def _probe(self) -> list[tuple[int, int, int]]:
-        """(kv_heads, key_dim, value_dim) of every layer, found by letting one token through."""
-        found: dict[int, tuple[int, int, int]] = {}
+    def _probe(self) -> list[LayerShape]:
+        """The shape of every layer's attention, found by letting one token through."""
+        found: dict[int, LayerShape] = {}
 
         def record(number: int) -> Any:
             def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: Any) -> torch.Tensor:
-                found[number] = (key.shape[1], key.shape[3], value.shape[3])
+                found[number] = LayerShape(query.shape[1], key.shape[1], key.shape[3], value.shape[3])
                 return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2)
 
             return attend
 
-        core = self._slice.core
+        core, kind = self._slice.core, self._slice.config.model_type
         for number, layer in enumerate(core.layers):
             for module in layer.modules():
                 if hasattr(module, "layer_idx") and hasattr(module, "config"):
@@ -147,12 +224,10 @@ class Runner:
                     out = self._head(out[0])
         except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError) as error:
             raise ModelUnsupported(
-                f"{self._slice.config.model_type} does not run token by token here ({type(error).__name__}: {error})."
+                f"{kind} does not run token by token here ({type(error).__name__}: {error})."
             ) from error
         if len(found) != len(core.layers):
-            raise ModelUnsupported(
-                f"{self._slice.config.model_type} has layers without plain attention, which cannot be paged yet."
-            )
+            raise ModelUnsupported(f"{kind} has layers without plain attention, which cannot be paged yet.")
         if not bool(torch.isfinite(out).all()):
             raise ModelUnsupported("the model answers with NaN or infinity: its weights or its config are damaged.")
         return [found[number] for number in range(len(core.layers))]
@@ -165,17 +240,83 @@ class Runner:
         if not rows:
             raise ValueError("a forward pass needs at least one row")
         lengths = [self._length(row) for row in rows]
+        if torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)  # exact mode was checked with this number
         with torch.inference_mode():
-            self._pool.plan = self._pool.layout([row.position for row in rows], lengths, [row.pages for row in rows])
-            try:
-                return self._forward(rows, lengths)
-            finally:
-                self._pool.plan = None
+            if self.exact:
+                return self._forward_in_tiles(rows, lengths)
+            out = self._forward_flat(rows, lengths, sum(lengths))
+            if not self.is_last:
+                return out
+            wanted: list[int] = []
+            stop = 0
+            for row, length in zip(rows, lengths, strict=True):
+                stop += length
+                wanted.extend(range(stop - row.logits, stop))
+            if not wanted:
+                return torch.empty(0, self.vocab_size)
+            if len(wanted) < len(out):
+                out = out.index_select(0, torch.tensor(wanted, device=self.device))
+            return self._head(out)
 
-    def _forward(self, rows: Sequence[Row], lengths: list[int]) -> torch.Tensor:
+    def _forward_in_tiles(self, rows: Sequence[Row], lengths: list[int]) -> torch.Tensor:
+        """The new tokens in batches of sizes known to give the same bits, each through all layers before the next.
+
+        A row that spans two batches finds its earlier tokens in the pages, as in any chunked prefill.
+        """
+        largest = self._tiles[-1]
+        pieces: list[torch.Tensor] = []
+        wanted: list[torch.Tensor] = []
+        batch: list[Row] = []
+        sizes: list[int] = []
+        room = largest
+        last = len(rows) - 1
+        for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            done = 0
+            while done < length:
+                size = min(room, length - done)
+                batch.append(row if size == length else _cut_row(row, done, size))
+                sizes.append(size)
+                room -= size
+                done += size
+                if room and not (number == last and done == length):
+                    continue
+                total = largest - room
+                out = self._forward_flat(batch, sizes, self._tile(total))
+                pieces.append(out[:total])
+                batch, sizes, room = [], [], largest
+        out = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        if not self.is_last:
+            return out
+        stop = 0
+        for row, length in zip(rows, lengths, strict=True):
+            stop += length
+            if row.logits:
+                wanted.append(out[stop - row.logits : stop])
+        if not wanted:
+            return torch.empty(0, self.vocab_size)
+        states = torch.cat(wanted)
+        heads: list[torch.Tensor] = []
+        for low in range(0, len(states), largest):
+            some = states[low : low + largest]
+            tile = self._tile(len(some))
+            if tile > len(some):
+                padded = functional.pad(some, (0, 0, 0, tile - len(some)))
+                heads.append(self._head(padded)[: len(some)])
+            else:
+                heads.append(self._head(some))
+        return heads[0] if len(heads) == 1 else torch.cat(heads)
+
+    def _tile(self, count: int) -> int:
+        return next(size for size in self._tiles if size >= count)
+
+    def _forward_flat(self, rows: Sequence[Row], lengths: list[int], tile: int) -> torch.Tensor:
+        """One pass of the core over all new tokens, padded to `tile` of them → [tile, hidden_size]."""
+        padding = tile - sum(lengths)
         positions: list[int] = []
         for row, length in zip(rows, lengths, strict=True):
             positions.extend(range(row.position, row.position + length))
+        positions.extend([0] * padding)
         ids = hidden = None
         if self.is_first:
             flat: list[int] = []
@@ -183,23 +324,17 @@ class Runner:
                 flat.extend(cast(Sequence[int], row.ids))
             if min(flat) < 0 or max(flat) >= self.vocab_size:
                 raise ValueError(f"a token id lies outside 0:{self.vocab_size}")
+            flat.extend([0] * padding)
             ids = torch.tensor([flat], device=self.device)
         else:
             given = [cast(torch.Tensor, row.hidden).to(self.device, self.dtype) for row in rows]
-            hidden = torch.cat(given)[None]
-        out = self._core(ids, hidden, positions)[0]
-        if not self.is_last:
-            return out
-        wanted: list[int] = []
-        stop = 0
-        for row, length in zip(rows, lengths, strict=True):
-            stop += length
-            wanted.extend(range(stop - row.logits, stop))
-        if not wanted:
-            return torch.empty(0, self.vocab_size)
-        if len(wanted) < len(out):
-            out = out.index_select(0, torch.tensor(wanted, device=self.device))
-        return self._head(out)
+            hidden = given[0] if len(given) == 1 else torch.cat(given)
+            hidden = functional.pad(hidden, (0, 0, 0, padding))[None]
+        self._pool.plan = self._pool.layout([row.position for row in rows], lengths, [row.pages for row in rows])
+        try:
+            return self._core(ids, hidden, positions)[0]
+        finally:
+            self._pool.plan = None
 
     def _core(self, ids: torch.Tensor | None, hidden: torch.Tensor | None, positions: list[int]) -> torch.Tensor:
         """[1, N, hidden_size]"""
@@ -241,6 +376,15 @@ class Runner:
         for name in ("_slice", "_pool", "_stub"):
             if hasattr(self, name):
                 delattr(self, name)
+
+
+def _cut_row(row: Row, start: int, size: int) -> Row:
+    return replace(
+        row,
+        position=row.position + start,
+        ids=None if row.ids is None else row.ids[start : start + size],
+        hidden=None if row.hidden is None else row.hidden[start : start + size],
+    )
 
 
 class _Attend:

@@ -115,7 +115,6 @@ def load_slice(
     layers: tuple[int, int],
     dtype: torch.dtype,
     attention: str,
-    experts: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Slice:
@@ -127,7 +126,6 @@ def load_slice(
         layers=layers,
         dtype=dtype,
         attention=attention,
-        experts=experts,
         trust_remote_code=trust_remote_code,
         code_folder=folder,
     )
@@ -140,7 +138,6 @@ def build_slice(
     layers: tuple[int, int],
     dtype: torch.dtype,
     attention: str,
-    experts: str | None = None,
     trust_remote_code: bool = False,
     code_folder: Path | None = None,
 ) -> Slice:
@@ -160,7 +157,6 @@ def build_slice(
                 state_dict=tensors,
                 dtype=dtype,
                 attn_implementation=attention,
-                experts_implementation=experts,
                 output_loading_info=True,
             )
         except ModelUnsupported:
