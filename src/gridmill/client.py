@@ -27,7 +27,9 @@ class ClientSettings:
 
     data: Path = setting(DEFAULT_DATA, help="folder whose client.json holds the URL and key that `gridmill up` made")
     base_url: str | None = setting(None, help="the network's URL, with or without /v1")
-    api_key: str | None = setting(None, help="API key (better in GRIDMILL_API_KEY than on the command line)")
+    api_key: str | None = setting(
+        None, help="API key (better in GRIDMILL_API_KEY than on the command line)", secret=True
+    )
     model: str | None = setting(None, help="model name (default: the first that the network serves)")
     system: str | None = setting(None, help="system message")
     temperature: float | None = setting(None, help="0 for the likeliest answer")

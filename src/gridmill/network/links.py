@@ -375,7 +375,8 @@ class Links:
                 continue
             try:
                 await self._learn(node_link, offer)
-                await self.registry.approve(offer.name, offer.model_class.class_id, by=record.node_id)
+                if self.registry.may_name(record.node_id):
+                    await self.registry.approve(offer.name, offer.model_class.class_id, by=record.node_id)
             except LinkLost:
                 return
             except (ValueError, TimeoutError, TextError) as problem:

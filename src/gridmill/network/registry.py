@@ -202,9 +202,13 @@ class Registry:
         return {name: list(class_ids) for name, class_ids in sorted(self._names.items())}
 
     def may_serve(self, offer: ClassOffer, node_id: NodeId) -> bool:
-        """Whether this offer gets its name: it is approved, or this network approves whatever comes."""
+        """Whether this offer's class is approved under any name, or may name itself."""
         class_id = offer.model_class.class_id
-        return class_id in self._names.get(offer.name, ()) or self._approve == "open" or node_id in self._own_nodes
+        return self.may_name(node_id) or any(class_id in class_ids for class_ids in self._names.values())
+
+    def may_name(self, node_id: NodeId) -> bool:
+        """Whether what this node calls its models becomes their name here without asking the operator."""
+        return self._approve == "open" or node_id in self._own_nodes
 
     async def approve(self, name: str, class_id: ClassId, *, by: str) -> None:
         """Adds the class to the end of the name's list. Harmless when it is there already."""
