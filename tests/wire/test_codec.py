@@ -220,7 +220,9 @@ def test_only_offers_works_and_steps_may_be_larger_than_a_frame() -> None:
 
 
 def test_a_full_chunk_fits_one_frame() -> None:
-    chunk = Chunk((1 << 32) - 1, codec.TRANSFER_BYTES_MAX - codec.CHUNK_BYTES_MAX, codec.TRANSFER_BYTES_MAX, bytes(65536))
+    chunk = Chunk(
+        (1 << 32) - 1, codec.TRANSFER_BYTES_MAX - codec.CHUNK_BYTES_MAX, codec.TRANSFER_BYTES_MAX, bytes(65536)
+    )
     assert len(encode(chunk)) <= codec.FRAME_BYTES_MAX
     assert decode(encode(chunk)) == chunk
 

@@ -144,6 +144,7 @@ STREAM_NEXT: dict[tuple[StreamState, type], StreamState] = {
     (StreamState.CANCELLING, Credit): StreamState.CANCELLING,
     (StreamState.CANCELLING, End): StreamState.ENDED,
 }
+_OF_THE_PROGRAM = frozenset({*_AT_WORK, Drain} - {Heartbeat})
 _MAY_EMIT = frozenset(state for state, kind in STREAM_NEXT if kind is Emission)
 
 
@@ -429,7 +430,7 @@ class Link:
             return
         kind = type(message)
         assert self.role in SENDERS[kind], f"a {self.role} does not send {kind.__name__}"
-        assert kind in _AT_WORK or kind is Drain, f"{kind.__name__} is sent by the link itself"
+        assert kind in _OF_THE_PROGRAM, f"{kind.__name__} is sent by the link itself"
         following = NEXT.get((self.state, kind))
         assert following is not None, f"{kind.__name__} has no meaning while {self.state}"
         message = _clipped(message)

@@ -83,7 +83,7 @@ class Conversation:
         self._on_event: Callable[[Event], None] = _ignore
         self._sending = False  # left True when a send was interrupted: its bytes may or may not have gone out
         link.wall_minus_now = time.time() - clock()
-        link.wake = self._output.set
+        link.wake = self._wake
 
     def send(self, message: AnyMessage) -> None:
         """Queues a message; see `Link.send` for what it raises. Nothing happens once the link is closed."""
@@ -136,6 +136,11 @@ class Conversation:
         assert self.link.closed is not None
         return self.link.closed
 
+    def _wake(self) -> None:
+        self._output.set()
+        if self.link.state is State.CLOSED:
+            self._closed.set()  # the writer, who would deliver this, may be waiting for a socket that takes nothing
+
     async def _read(self) -> None:
         while True:
             try:
@@ -187,8 +192,7 @@ class Conversation:
                 self._deadline_moved.set()
                 log.info("link open: %s, %s, protocol version %d", event.node_id, event.software, event.version)
             elif isinstance(event, Closed):
-                self._closed.set()
-                self._output.set()
+                self._wake()
             self._on_event(event)
 
     async def _leave(self) -> None:
@@ -298,7 +302,8 @@ async def keep_dialled(
             now_told = str(error)
         if closed is not None:
             if closed.permanent or (not closed.by_peer and closed.reason in (Reason.DRAINED, Reason.STOPPING)):
-                log.info("link to %s ended, not dialling again: %s", url, now_told)
+                level = logging.ERROR if closed.permanent else logging.INFO
+                log.log(level, "link to %s ended, not dialling again: %s", url, now_told)
                 return closed
             if opened and clock() - began >= STABLE_SECONDS:
                 attempts = 0
