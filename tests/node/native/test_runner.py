@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -11,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-
-from gridmill.node.engines.native.runner import Row, Runner
-from gridmill.node.engines.native.slice import ModelUnsupported
 from tiny import FAMILIES, save_tiny
+
+from gridmill.node.engines.native.pool import Recipe
+from gridmill.node.engines.native.runner import Row, Runner
 
 QUICK = ("llama", "gemma3_text", "qwen3_moe", "deepseek_v3")
 ALL = [pytest.param(name, marks=() if name in QUICK else pytest.mark.soak) for name in FAMILIES]
@@ -179,3 +178,43 @@ def strangers(seed: int) -> list[Session]:
         Session([generator.randrange(3, 500) for _ in range(generator.randint(1, 60))], list(range(at, at + 4)))
         for at in range(64, 64 + 4 * count, 4)
     ]
+
+
+LONG = {
+    "hidden_size": 320,
+    "intermediate_size": 864,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 10,
+    "num_key_value_heads": 5,
+    "max_position_embeddings": 1024,
+}
+
+
+@pytest.mark.parametrize("recipe", [Recipe.LEAN, Recipe.FIXED])
+def test_exact_mode_holds_over_many_blocks_and_tiles(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Contexts longer than several attention blocks, chunks longer than the largest tile, matrices worth packing."""
+    save_tiny(tmp_path, "llama", **LONG)
+    monkeypatch.setattr("gridmill.node.engines.native.runner.choose_recipe", lambda *_: recipe)
+    runner = Runner(tmp_path, kv_pages=200, exact=True)
+    assert runner.exact_holds
+    generator = random.Random(6)
+    ids = [[generator.randrange(3, 500) for _ in range(length)] for length in (30, 300, 420)]
+
+    def fresh() -> list[Session]:
+        pages = generator.sample(range(200), 90)
+        return [Session(list(tokens), pages[at * 30 : at * 30 + 30]) for at, tokens in enumerate(ids)]
+
+    one = fresh()
+    for session in one:
+        session.pages = list(range(30))
+        advance(runner, [(session, len(session.ids) - 20)])
+        while session.done < len(session.ids):
+            advance(runner, [(session, 1)])
+    for _ in range(3):
+        many = fresh()
+        while open_sessions := [session for session in many if session.done < len(session.ids)]:
+            moves = [(s, min(len(s.ids) - s.done, generator.choice((1, 3, 64, 130, 200)))) for s in open_sessions]
+            advance(runner, moves)
+        assert torch.equal(logits_of(one), logits_of(many))

@@ -21,7 +21,7 @@ from transformers import AttentionInterface
 
 ATTENTION = "gridmill_paged"
 LANE = 16  # exact mode reads keys in multiples of this: the widest vector unit holds 16 float32
-BLOCK = 256  # exact mode: values summed in one matrix product; MKL splits sums longer than this
+BLOCK = 128  # exact mode: values summed in one matrix product; MKL splits sums longer than 192 in two
 ROWS_MIN = 4  # LEAN: MKL has kernels of their own for one, two and three rows
 ROWS_FIXED = 16  # FIXED: query rows in every call
 MINUS_INFINITY = float("-inf")
@@ -379,35 +379,39 @@ def choose_recipe(shapes: Sequence[LayerShape], device: torch.device) -> Recipe:
     if device.type != "cpu":
         return Recipe.FIXED
     generator = torch.Generator().manual_seed(0)
-    pages, position, count = 44, 600, 24
+    pages, count = 24, 2 * BLOCK + 48
+    neighbours = list(range(2, 2 + -(-count // LANE)))
+    scattered = torch.randperm(pages, generator=generator)[: len(neighbours)].tolist()
     for shape in sorted(set(shapes), key=repr):
-        pool = Pool([shape], pages=pages, page_tokens=16, dtype=torch.float32, device=device, recipe=Recipe.LEAN)
-        keys = torch.randn(shape.kv_heads, position + count, shape.key_dim, generator=generator)
-        values = torch.randn(shape.kv_heads, position + count, shape.value_dim, generator=generator)
-        queries = torch.randn(shape.heads, position + count, shape.key_dim, generator=generator)
-        neighbours = list(range(2, 2 + 40))
-        scattered = torch.randperm(pages, generator=generator)[:40].tolist()
-
-        def run(
-            cuts: Sequence[tuple[int, int]], table: list[int], window: int | None, pool: Pool, *all_: torch.Tensor
-        ) -> torch.Tensor:
-            out = []
-            for low, high in cuts:
-                pool.plan = pool.layout([low], [high - low], [table])
-                part = [tensor[None, :, low:high] for tensor in all_]
-                out.append(pool.attend(0, *part, scaling=0.125, window=window, softcap=None, sinks=None)[0])
-            return torch.cat(out)
-
-        for start, window in ((0, None), (position, None), (position, 40)):
-            stop = start + count
-            warm = [(0, start)] if start else []
-            alone = [*warm, *((i, i + 1) for i in range(start, stop))]
-            reference = run(alone, neighbours, window, pool, queries, keys, values)
-            for table in (neighbours, scattered):
-                for cuts in ([(start, stop)], [(start, start + 7), (start + 7, stop)]):
-                    if not torch.equal(run([*warm, *cuts], table, window, pool, queries, keys, values), reference):
-                        return Recipe.FIXED
+        pool = Pool([shape], pages=pages, page_tokens=LANE, dtype=torch.float32, device=device, recipe=Recipe.LEAN)
+        tensors = [
+            torch.randn(1, heads, count, dim, generator=generator)
+            for heads, dim in (
+                (shape.heads, shape.key_dim),
+                (shape.kv_heads, shape.key_dim),
+                (shape.kv_heads, shape.value_dim),
+            )
+        ]
+        for window in (None, BLOCK // 3):
+            reference = _in_chunks(pool, tensors, 1, neighbours, window)
+            for size, table in ((count, neighbours), (count, scattered), (7, scattered), (64, neighbours)):
+                if not torch.equal(_in_chunks(pool, tensors, size, table, window), reference):
+                    return Recipe.FIXED
     return Recipe.LEAN
+
+
+def _in_chunks(
+    pool: Pool, tensors: list[torch.Tensor], size: int, table: list[int], window: int | None
+) -> torch.Tensor:
+    """Attention over one sequence whose tokens arrive `size` at a time. `tensors`: its queries, keys and values."""
+    count = tensors[0].shape[2]
+    out: list[torch.Tensor] = []
+    for low in range(0, count, size):
+        high = min(count, low + size)
+        pool.plan = pool.layout([low], [high - low], [table])
+        query, key, value = (tensor[:, :, low:high] for tensor in tensors)
+        out.append(pool.attend(0, query, key, value, scaling=0.125, window=window, softcap=None, sinks=None)[0])
+    return torch.cat(out)
 
 
 def attention(

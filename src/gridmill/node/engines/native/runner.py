@@ -145,47 +145,43 @@ class Runner:
                     module.gridmill_attend = _Attend(pool, number)
 
     def _choose_tiles(self, shapes: list[LayerShape]) -> None:
-        """Keeps the batch sizes that give the same bits, and says in `exact_holds` whether one does at every place.
+        """Keeps the batch sizes that give the same bits at every place, and says in `exact_holds` whether any does.
 
-        The real weights see random tokens alone, moved within a batch, and in batches of every size. Kernels are chosen
-        by shape and not by content, so agreement over thousands of numbers leaves little room for chance.
+        The real weights see one random sequence token by token, then four copies of it at once, so that the largest
+        batch holds it at every place. Kernels are chosen by shape and not by content, so agreement over thousands of
+        numbers leaves little room for chance.
         """
-        real = self._pool
-        count, generator = max(TILES), torch.Generator().manual_seed(0)
-        try:
-            self._use(
-                Pool(
-                    shapes,
-                    pages=count,
-                    page_tokens=self.page_tokens,
-                    dtype=self.dtype,
-                    device=self.device,
-                    recipe=real.recipe,
-                )
+        real, copies = self._pool, 4
+        count, generator = max(TILES) // copies, torch.Generator().manual_seed(0)
+        held = -(-count // self.page_tokens)
+        tables = [list(range(copy * held, (copy + 1) * held)) for copy in range(copies)]
+        if self.is_first:
+            ids = torch.randint(self.vocab_size, (count,), generator=generator).tolist()
+            rows = [Row(0, table, ids, logits=count) for table in tables]
+        else:
+            states = torch.randn(count, self.hidden_size, generator=generator)
+            rows = [Row(0, table, None, hidden=states, logits=count) for table in tables]
+        self._use(
+            Pool(
+                shapes,
+                pages=copies * held,
+                page_tokens=self.page_tokens,
+                dtype=self.dtype,
+                device=self.device,
+                recipe=real.recipe,
             )
-            if self.is_first:
-                ids = torch.randint(self.vocab_size, (count,), generator=generator).tolist()
-                rows = [Row(0, [page], [token], logits=1) for page, token in enumerate(ids)]
-            else:
-                states = torch.randn(count, self.hidden_size, generator=generator)
-                rows = [Row(0, [page], None, hidden=state[None], logits=1) for page, state in enumerate(states)]
-            for smallest in TILES:
-                self._tiles = (smallest,)
-                reference = torch.cat([self.forward([row]) for row in rows[: 2 * smallest]])
-                turned = [*rows[2 * smallest - 1 :: -1]] if 2 * smallest <= count else rows[::-1]
-                moved = [self.forward(turned).flip(0), torch.cat([self.forward(rows[:1]), self.forward(rows[1:])])]
-                self.exact_holds = all(torch.equal(one[: len(reference)], reference) for one in moved)
-                if self.exact_holds:
-                    break
-            kept = list(self._tiles)
+        )
+        try:
+            kept: list[int] = []
             for size in TILES:
-                if size > kept[0] and self.exact_holds:
-                    self._tiles = (size,)
-                    many = self.forward(rows)
-                    turned_back = self.forward(rows[::-1]).flip(0)
-                    if torch.equal(many[: len(reference)], reference) and torch.equal(many, turned_back):
-                        kept.append(size)
-            self._tiles = tuple(kept)
+                self._tiles = (size,)
+                if not kept:
+                    reference = torch.cat([self.forward([_cut_row(rows[0], i, 1)]) for i in range(count)])
+                together = self.forward(rows)
+                if all(torch.equal(part, reference) for part in together.split(count)):
+                    kept.append(size)
+            self.exact_holds = bool(kept)
+            self._tiles = tuple(kept) or (max(TILES),)
         finally:
             self._use(real)
 
@@ -379,8 +375,10 @@ class Runner:
 
 
 def _cut_row(row: Row, start: int, size: int) -> Row:
+    """Part of a row's new tokens. All of them get logits if the whole row's do; else the caller picks them."""
     return replace(
         row,
+        logits=min(row.logits, size),
         position=row.position + start,
         ids=None if row.ids is None else row.ids[start : start + size],
         hidden=None if row.hidden is None else row.hidden[start : start + size],
