@@ -1,7 +1,7 @@
 """Fuzz targets: bytes in, nothing but the promised outcome out.
 
 `python tests/fuzz/fuzz_codec.py [corpus folder]` runs them for as long as you like: coverage-guided where atheris is
-installed, by mutation of honest messages otherwise. `test_fuzz_codec.py` runs them for a bounded time in every test run.
+installed, by mutation of honest messages otherwise. `test_fuzz_codec.py` runs them for a bounded time with the tests.
 """
 
 from __future__ import annotations

@@ -45,7 +45,9 @@ from gridmill.wire.sampling import TOP_LOGPROBS_MAX, TokenLogprob, problem_with
 CHUNK_BYTES_MAX = 64 << 10  # file data of one Chunk: 5 ms of a 100 Mbit/s line, which is how long it delays a token
 FRAGMENT_BYTES_MAX = 64 << 10  # the same bound for one piece of a large message
 FRAME_BYTES_MAX = FRAGMENT_BYTES_MAX + 256  # payload of one frame: a full Chunk with its fields needs no fragments
-GREETING_FRAME_BYTES_MAX = 8 << 10  # before Ready; the longest honest greeting (all limits below used) is under 2 KiB
+GREETING_FRAME_BYTES_MAX = (
+    8 << 10
+)  # before Ready; the longest honest frame until then, all limits below used, is under 4 KiB
 MESSAGE_BYTES_MAX = 4 << 20  # an Offer of a million ids: the longest context that public models claim
 STEP_BYTES_MAX = 1 << 20  # 64 streams × 20 top logprobs × 40 positions that piled up behind a slow socket
 IDS_BYTES_MAX = MESSAGE_BYTES_MAX - (64 << 10)  # prompt and delivered ids together; the rest is room for Sampling
