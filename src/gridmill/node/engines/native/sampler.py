@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import struct
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -297,7 +297,7 @@ def _contenders(x: Floats, key: tuple[int, int], position: int, margins: bool) -
         leaders.append(int(bounds.argmax()))
         bounds[leaders[0]] = held
     limit = _limit(float((x[leaders] + gumbel(key, position, leaders)).min()), float(top))
-    return np.flatnonzero(bounds >= limit) if limit is not None else np.arange(len(x))
+    return np.flatnonzero(bounds >= limit)
 
 
 def _weights(x: Floats, top: np.float32, out: Floats | None = None) -> Floats:
@@ -387,7 +387,7 @@ def _race_together(
     leaders = torch.topk(bounds, min(2 if margins else 1, vocab_size), dim=-1).indices
     known = [t.cpu().numpy() for t in (leaders, values.gather(1, leaders), words.gather(1, leaders))]
     limits = [_limit(float((x + _noise(w)).min()), top) for _, x, w, top in zip(*known, tops, strict=True)]
-    floors = torch.tensor([-1.0 if limit is None else limit for limit in limits], dtype=torch.float32, device=device)
+    floors = torch.tensor(limits, dtype=torch.float32, device=device)
     row, ids = (bounds >= floors[:, None]).nonzero(as_tuple=True)
     row_of, id_of, x_of, word_of = (t.cpu().numpy() for t in (row, ids, values[row, ids], words[row, ids]))
     scores = x_of + _noise(word_of)
@@ -407,15 +407,16 @@ def _distance_to_one(words: npt.NDArray[np.uint64]) -> Floats:
     return (words.astype(np.uint32) ^ np.uint32(WORD_MASK)).astype(np.float32) + np.float32(0.5)
 
 
-def _limit(reached: float, top: float) -> float | None:
-    """The bound (in units of 2⁻³²) below which nobody can reach a score of `reached`; None when all must be scored.
+def _limit(reached: float, top: float) -> float:
+    """The bound (in units of 2⁻³²) below which nobody can reach a score of `reached`; 0 lets everybody through.
 
-    1e-4 covers what float32 loses in the bounds, two steps of float32 what the compared sums lose.
+    1e-4 covers what float32 loses in the bounds, two steps of float32 what the compared sums lose. Where those steps
+    are so wide that bounds could underflow, or where there is no runner-up to name, everybody is scored.
     """
-    if reached == -math.inf:  # there is no runner-up to name
-        return None
+    if reached == -math.inf:
+        return 0.0
     exponent = reached - top - 1e-4 - 2.0 * float(np.spacing(np.float32(abs(reached))))
-    return math.exp(exponent) * 2.0**-32 if exponent > -40.0 else None  # below, weights have underflowed
+    return math.exp(exponent) * 2.0**-32 if exponent > -40.0 else 0.0
 
 
 def _best_of(ids: Ids, scores: Floats, margins: bool) -> tuple[int, float | None]:
@@ -458,19 +459,23 @@ def _float32(value: float) -> float:
         return float(np.float32(value))
 
 
-def _check_ids(ids: Iterable[int], vocab_size: int) -> None:
-    outside = next((v for v in ids if not 0 <= v < vocab_size), None)
-    if outside is not None:
-        raise ValueError(f"id {outside} lies outside the vocabulary of {vocab_size}")
+def _check_ids(ids: Collection[int], vocab_size: int) -> None:
+    for extreme in (min(ids, default=0), max(ids, default=0)):
+        if not 0 <= extreme < vocab_size:
+            raise ValueError(f"id {extreme} lies outside the vocabulary of {vocab_size}")
 
 
 class _Amounts:
-    """Distinct ids and a float32 for each, on a device, in arrays that grow by doubling."""
+    """Distinct ids and a float32 for each, on a device, in arrays that grow by doubling.
+
+    Made outside inference mode even when called inside it: a tensor born there cannot be written to anywhere else.
+    """
 
     def __init__(self, device: torch.device, amounts: dict[int, float]) -> None:
         self._places = {token_id: place for place, token_id in enumerate(amounts)}
-        self._ids = torch.tensor(list(amounts), dtype=torch.int64, device=device)
-        self._amounts = torch.tensor(list(amounts.values()), dtype=torch.float32, device=device)
+        with torch.inference_mode(False):
+            self._ids = torch.tensor(list(amounts), dtype=torch.int64, device=device)
+            self._amounts = torch.tensor(list(amounts.values()), dtype=torch.float32, device=device)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -486,8 +491,9 @@ class _Amounts:
     def put(self, token_id: int, amount: float) -> None:
         place = self._places.setdefault(token_id, len(self))
         if place == len(self._ids):
-            room = torch.zeros(max(16, place), dtype=torch.int64, device=self._ids.device)
-            self._ids = torch.cat([self._ids, room])
-            self._amounts = torch.cat([self._amounts, room.float()])
+            with torch.inference_mode(False):
+                room = torch.zeros(max(16, place), dtype=torch.int64, device=self._ids.device)
+                self._ids = torch.cat([self._ids, room])
+                self._amounts = torch.cat([self._amounts, room.float()])
         self._ids[place] = token_id
         self._amounts[place] = amount
