@@ -109,9 +109,9 @@ def test_the_async_client_streams(demo: Up) -> None:
 
 
 def test_the_clients_own_stream_helper_accumulates_the_same_answer(demo: Up) -> None:
-    with demo.client.chat.completions.stream(model=demo.model, messages=HELLO, max_tokens=16, temperature=0) as stream:
+    with demo.client.chat.completions.stream(model=demo.model, messages=HELLO, max_tokens=200, temperature=0) as stream:
         final = stream.get_final_completion()
-    assert final.choices[0].message.content == said(chat(demo))
+    assert final.choices[0].message.content == said(chat(demo, max_tokens=200))
 
 
 def test_a_system_prompt_changes_the_prompt(echo: Up) -> None:
