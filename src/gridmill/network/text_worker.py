@@ -339,7 +339,7 @@ def describe(loaded: LoadedClass, tokenizer_json: bytes) -> Table:
         strip_character=strip_character,
         strip_count=strip_count,
     )
-    _verify(text, tokenizer, [token_id for token_id, token in enumerate(tokens) if token is not None])
+    _verify(text, tokenizer, tokens)
     first_items = list(first.items())
     return Table(
         pages=[_raw(pieces[start : start + TABLE_PAGE_IDS]) for start in range(0, size, TABLE_PAGE_IDS)],
@@ -459,12 +459,12 @@ def _fallback_byte(token: str) -> int | None:
     return None
 
 
-def _verify(text: ClassText, tokenizer: Tokenizer, known_ids: list[int]) -> None:
+def _verify(text: ClassText, tokenizer: Tokenizer, tokens: list[str | None]) -> None:
     """The table against the tokenizer's own decoder, wherever the bytes are valid UTF-8. Raises Refused.
 
     Repairing broken bytes is ours to define (decoders differ among themselves); everything else must be equal.
     """
-    for ids in _probes(tokenizer, known_ids):
+    for ids in _probes(tokenizer, tokens):
         try:
             b"".join(map(text.token_bytes, ids)).decode()
         except UnicodeDecodeError:
@@ -478,18 +478,16 @@ def _verify(text: ClassText, tokenizer: Tokenizer, known_ids: list[int]) -> None
             )
 
 
-def _probes(tokenizer: Tokenizer, known_ids: list[int]) -> Iterator[list[int]]:
+def _probes(tokenizer: Tokenizer, tokens: list[str | None]) -> Iterator[list[int]]:
     """Sequences of ids in which a decoder that looks at its neighbours would show itself."""
     chance = random.Random(0)
-    known = set(known_ids)
     for sample in VERIFIED_TEXTS:
         ids = tokenizer.encode(sample, add_special_tokens=False).ids
-        yield [token_id for token_id in ids if token_id in known]
-    if not known_ids:
-        return
-    short = [token_id for token_id in known_ids if len(tokenizer.id_to_token(token_id) or "") <= 2] or known_ids
+        yield [token_id for token_id in ids if token_id < len(tokens)]
+    known = [token_id for token_id, token in enumerate(tokens) if token is not None]
+    short = [token_id for token_id, token in enumerate(tokens) if token is not None and len(token) <= 2] or known
     for number in range(VERIFIED_SEQUENCES):
-        pool = short if number % 3 == 0 else known_ids
+        pool = short if number % 3 == 0 else known
         ids = [chance.choice(pool) for _ in range(chance.randint(1, VERIFIED_LENGTH_IDS))]
         yield [ids[0]] * len(ids) if number % 10 == 0 else ids
 
