@@ -46,7 +46,7 @@ def test_settings_of_the_hubs_own_tools_are_honoured_where_ours_are_not_given(tm
 
 def test_secrets_are_not_printed_with_the_settings(tmp_path: Path) -> None:
     shown = repr(settings(tmp_path, join_token="gm-secret-1", hub_token="hf-secret-2"))
-    assert "secret" not in shown and "gridmill/demo" in shown
+    assert "gm-secret" not in shown and "hf-secret" not in shown and "gridmill/demo" in shown
 
 
 @pytest.mark.parametrize(
