@@ -12,9 +12,7 @@ from small_tokenizers import (
     STREAMABLE,
     UNSTREAMABLE,
     byte_level,
-    facts_for,
     gemma_like,
-    hidden_bytes,
     llama2_like,
     metaspace,
     text_of,
@@ -35,11 +33,10 @@ def streamed(text: ClassText, ids: list[int], **options: object) -> str:
 
 
 def table(*pieces: bytes | None, special_ids: tuple[int, ...] = (), **options: object) -> ClassText:
-    facts = TextFacts(None, {}, (), 4096, len(pieces)) if False else _facts(len(pieces))
-    return ClassText(facts, list(pieces), special_ids=special_ids, **options)  # type: ignore[arg-type]
+    return ClassText(facts_of(len(pieces)), list(pieces), special_ids=special_ids, **options)  # type: ignore[arg-type]
 
 
-def _facts(vocab_size: int) -> TextFacts:
+def facts_of(vocab_size: int) -> TextFacts:
     return TextFacts(
         chat_template=None, special_tokens={}, eos_token_ids=(), context_tokens=4096, vocab_size=vocab_size
     )
@@ -199,8 +196,8 @@ def test_logprobs_get_bytes_and_text_of_single_ids() -> None:
 
 
 def test_a_table_that_does_not_fit_its_class_is_refused() -> None:
-    with pytest.raises(ValueError, match="vocabulary|ids and the class"):
-        ClassText(_facts(3), [b"a"])
+    with pytest.raises(ValueError, match="ids and the class"):
+        ClassText(facts_of(3), [b"a"])
     with pytest.raises(ValueError, match="outside"):
         table(b"a", special_ids=(1,))
     with pytest.raises(ValueError, match="outside"):
@@ -238,7 +235,7 @@ def held_back(text: str, stops: list[str]) -> int:
     stops=st.lists(st.text(LETTERS, min_size=1, max_size=5), min_size=1, max_size=4),
 )
 @settings(max_examples=600, deadline=None)
-def test_stops_cut_where_a_naive_search_cuts_and_hold_back_no_more_than_needed(
+def test_stops_cut_where_a_naive_search_cuts_and_hold_back_only_what_they_must(
     ids: list[int], stops: list[str]
 ) -> None:
     stream, shown, whole = TextStream(SPELLED, stop=stops), "", ""
@@ -297,9 +294,9 @@ def test_long_repetitive_stops_cost_time_linear_in_the_text() -> None:
     """Would take minutes if every id were compared against every prefix of the stop."""
     text = table(b"a" * 1000, b"b")
     stream = TextStream(text, stop=["a" * 20_000 + "b", "a" * 30_000 + "c"])
-    for _ in range(100):
-        stream.push(0)
-    assert stream.push(1) == ""
+    shown = "".join(stream.push(0) for _ in range(100))
+    assert len(shown) == 70_000
+    assert stream.push(1) == "a" * 10_000  # the longer stop had held them; the shorter one took its 20 000
     assert stream.stopped
 
 
@@ -326,10 +323,3 @@ def test_fuzzed_tables_stops_and_hidden_ids_agree_with_one_decode_of_everything(
     whole = b"".join(pieces[i] for i in visible).decode("utf-8", "replace")
     shown = streamed(text, ids, stop=stops, hidden_ids=hidden, skip_special=skip_special)
     assert shown == (naive(whole, stops)[0] if stops else whole)
-
-
-def test_the_unstreamable_byte_level_is_refused_for_its_broken_characters_not_by_chance() -> None:
-    tokenizer = hidden_bytes()
-    assert facts_for(tokenizer).vocab_size > 256
-    with pytest.raises(Refused, match="cannot be streamed"):
-        text_of(tokenizer)

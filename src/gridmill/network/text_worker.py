@@ -485,6 +485,8 @@ def _probes(tokenizer: Tokenizer, tokens: list[str | None]) -> Iterator[list[int
         ids = tokenizer.encode(sample, add_special_tokens=False).ids
         yield [token_id for token_id in ids if token_id < len(tokens)]
     known = [token_id for token_id, token in enumerate(tokens) if token is not None]
+    if not known:
+        return
     short = [token_id for token_id, token in enumerate(tokens) if token is not None and len(token) <= 2] or known
     for number in range(VERIFIED_SEQUENCES):
         pool = short if number % 3 == 0 else known
