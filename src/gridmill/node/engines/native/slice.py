@@ -87,7 +87,7 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         )
     if raw.get("quantization_config"):
         raise ModelUnsupported("quantised checkpoints cannot be served yet: use the float16 or bfloat16 original.")
-    with _quiet():
+    with quiet():
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
         except Exception as error:  # transformers raises whatever the hostile file provokes
@@ -148,7 +148,7 @@ def build_slice(
     cut = copy.deepcopy(config)
     # A tied head is the embedding table, so only a slice with both ends, or the last one, keeps the tie.
     cut.tie_word_embeddings = bool(config.tie_word_embeddings and layers[1] == total)
-    with _quiet():
+    with quiet():
         try:
             base = _model_class(cut, trust_remote_code, code_folder)
             causal, info = _cut_class(base, layers, total).from_pretrained(
@@ -295,13 +295,13 @@ def _renumbered(name: str, first: int, stop: int, total: int, *, tied: bool) -> 
             return None  # another stage's, or an extra prediction layer behind the last
         return f"{name[: match.start(3)]}{number - first}{name[match.end(3) :]}"
     is_first, is_last = first == 0, stop == total
-    if "embed_tokens" in name:
+    if "embed" in name and "embed_out" not in name:
         return name if is_first or (is_last and tied) else None
     return name if is_last else None  # norm and head
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """transformers reports loading on stderr; what matters of it comes back as an exception or in the loading info."""
     level = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
