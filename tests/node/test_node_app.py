@@ -313,6 +313,69 @@ def test_cancelling_the_program_leaves_no_task_behind(tmp_path: Path) -> None:
     run(body)
 
 
+def test_the_demo_is_served_natively_in_exact_mode(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with Network().listening() as network:
+            node = Node(
+                tmp_path,
+                f"http://127.0.0.1:{network.port}",
+                engine="native",
+                model="gridmill/demo",
+                name=None,
+                device="cpu",
+                threads=1,
+                kv_memory="64MiB",
+            )
+            assert (await asyncio.wait_for(node.ready, 120))["model"] == "gridmill/demo"
+            await network.until(lambda: network.of(Offers))
+            (offer,) = network.of(Offers)[0].offers
+            assert (offer.engine, offer.model_class.arithmetic) == ("native", "float32-exact")
+            assert offer.decode_tokens_per_second > 0 and offer.prefill_tokens_per_second > 0
+            network.conversations[0].send(Offer(1, work_for(network.of(Offers)[0], 8), 100))
+            await network.until(lambda: [end for step in network.of(Step) for end in step.ends])
+            assert network.of(Step)[-1].ends[0].kind in ("stop", "length")
+            assert await node.stopped() == 0
+
+    run(body)
+
+
+def test_what_the_twin_showed_is_remembered_with_its_config(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        eos_token_id=1,
+    )
+    folder = tokenizer_folder(tmp_path)
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+    async def body() -> None:
+        async with Network().listening() as network:
+            for tests in (1, 1):
+                node = Node(
+                    tmp_path,
+                    f"http://127.0.0.1:{network.port}",
+                    engine="native",
+                    device="cpu",
+                    threads=1,
+                    kv_memory="16MiB",
+                )
+                await asyncio.wait_for(node.ready, 120)
+                assert await node.stopped() == 0
+                assert caplog.text.count("testing a tiny twin") == tests
+        (kept,) = json.loads((tmp_path / "admission.json").read_text()).values()
+        assert kept["faithful"] and kept["batches"]
+
+    with caplog.at_level(logging.INFO, logger="gridmill.node"):
+        run(body)
+
+
 @pytest.mark.parametrize("how", ["stdin", "signal"])
 def test_the_program_prints_one_json_line_and_ends_with_its_parent_or_a_signal(tmp_path: Path, how: str) -> None:
     async def body() -> None:

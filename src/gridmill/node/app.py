@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
-import psutil
 
 from gridmill import __version__
 from gridmill.node.agent import agent_on
 from gridmill.node.engines.base import Engine
 from gridmill.node.engines.echo import EchoEngine
-from gridmill.node.hardware import Device, DeviceError, pick_device
+from gridmill.node.hardware import DeviceError, pick_device
 from gridmill.node.hub import write_whole
-from gridmill.node.models import LocalModel, ModelError, resolve
+from gridmill.node.loading import load_native_engine
+from gridmill.node.models import ModelError, resolve
 from gridmill.node.progress import ProgressBar
 from gridmill.node.settings import NodeSettings
 from gridmill.wire.identity import Identity, IdentityError, certify, node_id_of
@@ -115,7 +115,18 @@ async def _engine(settings: NodeSettings) -> Engine:
                 ids_per_step=settings.echo_ids_per_step,
             )
         else:
-            engine = await _in_thread(lambda: _native(settings, local, device, progress))
+            engine = await _in_thread(
+                lambda: load_native_engine(
+                    local,
+                    device,
+                    data=settings.data,
+                    slots=settings.slots,
+                    kv_bytes=settings.kv_memory,
+                    threads=settings.threads,
+                    trust_remote_code=settings.trust_remote_code,
+                    progress=progress.fraction,
+                )
+            )
     except (ModelError, DeviceError) as problem:
         raise _CannotRun(EXIT_MODEL, str(problem)) from problem
     finally:
@@ -128,38 +139,6 @@ async def _engine(settings: NodeSettings) -> Engine:
         extra={"class": local.model_class.class_id[:8], "arithmetic": local.model_class.arithmetic},
     )
     return engine
-
-
-def _native(settings: NodeSettings, local: LocalModel, device: Device, progress: ProgressBar) -> Engine:
-    """Loads the weights; takes seconds to minutes. Raises ModelError."""
-    import torch
-
-    from gridmill.node.engines.native.engine import load_native
-    from gridmill.node.engines.native.slice import ModelUnsupported
-
-    # One core stays free for the event loop: threads that wait for each other at every layer stand still together.
-    cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
-    torch.set_num_threads(settings.threads or max(1, min(torch.get_num_threads(), cores - 1)))
-    try:
-        return load_native(
-            local.folder,
-            local.name,
-            local.model_class,
-            local.facts,
-            local.files,
-            dtype=local.dtype,
-            device=device.name,
-            exact=local.exact,
-            kv_bytes=settings.kv_memory,
-            slots=settings.slots,
-            trust_remote_code=settings.trust_remote_code,
-            progress=progress.fraction,
-        )
-    except (ModelUnsupported, OSError, ValueError, RuntimeError, MemoryError, ImportError) as error:
-        # RuntimeError is what torch raises for everything, running out of memory included.
-        log.debug("loading failed", exc_info=True)
-        sentence = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ModelError(f"{local.name} cannot be loaded on {device.label}: {sentence}") from error
 
 
 async def _in_thread(work: Callable[[], T]) -> T:
