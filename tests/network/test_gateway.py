@@ -176,7 +176,8 @@ def saying(text: str, *, node_id: str = "node-1") -> Script:
 class Scene:
     """A running server and a client in front of it."""
 
-    def __init__(self, port: int, http: aiohttp.ClientSession, gateway: OpenAIGateway) -> None:
+    def __init__(self, server: uvicorn.Server, port: int, http: aiohttp.ClientSession, gateway: OpenAIGateway) -> None:
+        self.server = server
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
         self.http = http
@@ -262,7 +263,7 @@ async def scene(**limits: Any) -> AsyncIterator[Scene]:
     headers = {"authorization": f"Bearer {KEY}"}
     try:
         async with aiohttp.ClientSession(timeout=timeout, headers=headers) as http:
-            yield Scene(listener.getsockname()[1], http, gateway)
+            yield Scene(server, listener.getsockname()[1], http, gateway)
             here = {asyncio.current_task(), serving}
         tasks = {task for task in asyncio.all_tasks() - here if "uvicorn" in repr(task.get_coro())}
         for task in tasks:  # what the connections still do; the gateway's own tasks end with them
@@ -663,6 +664,18 @@ async def test_streamed_and_plain_logprobs_are_the_same_list(stage: Scene) -> No
 
 
 @over_a_socket()
+async def test_an_id_without_text_at_the_very_end_has_its_entry_too(stage: Scene) -> None:
+    async def script(delivery: Delivery) -> Outcome:
+        delivery.placed("node-1")
+        await delivery.ids(ord("a"), SILENT)
+        return delivery.ended("length")
+
+    stage.dispatcher.script = script
+    assert streamed_logprobs(await stage.events(logprobs=True)) == [("a", ["a"]), ("", [""])]
+    assert len((await stage.answer(logprobs=True))["choices"][0]["logprobs"]["content"]) == 2
+
+
+@over_a_socket()
 async def test_completion_logprobs_are_parallel_lists_with_offsets(stage: Scene) -> None:
     stage.dispatcher.script = saying("abc")
     async with stage.complete(logprobs=1) as response:
@@ -824,6 +837,10 @@ async def test_a_reader_that_takes_nothing_is_cut_off(stage: Scene) -> None:
     stage.dispatcher.script = script
     reader, writer = await slow_reader(stage)
     await asyncio.wait_for(stage.dispatcher.cancelled.wait(), 20)
+    # Nothing was read, so that a polite close would still wait for its buffer to empty.
+    async with asyncio.timeout(20):
+        while stage.server.server_state.connections:
+            await asyncio.sleep(0.01)
     with contextlib.suppress(ConnectionError):
         while await asyncio.wait_for(reader.read(1 << 20), 20):
             pass
@@ -883,7 +900,7 @@ async def test_a_body_over_the_limit_is_refused_before_it_is_sent(stage: Scene) 
 async def test_one_connection_serves_many_requests(stage: Scene) -> None:
     connector = aiohttp.TCPConnector(limit=1)
     async with aiohttp.ClientSession(connector=connector, headers={"authorization": f"Bearer {KEY}"}) as http:
-        one = Scene(stage.port, http, stage.gateway)
+        one = Scene(stage.server, stage.port, http, stage.gateway)
         for stream in (True, False, True):
             async with one.chat(stream=stream) as response:
                 assert b"H" in await response.read()
