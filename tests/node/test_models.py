@@ -227,12 +227,12 @@ def test_a_model_with_only_an_older_tokenizer_gets_a_converted_one(tmp_path: Pat
 def test_auto_dtype_is_settled_by_device_and_model(
     asked: Any, exact: bool, device: str, saved: str, settled: str
 ) -> None:
-    assert settled_dtype(asked, exact=exact, device=device, config={"torch_dtype": saved}) == settled
+    assert settled_dtype(asked, exact=exact, device=lambda: device, config={"torch_dtype": saved}) == settled
 
 
 def test_exact_mode_computes_in_nothing_but_float32() -> None:
     with pytest.raises(ModelError, match="--exact computes in float32"):
-        settled_dtype("bfloat16", exact=True, device="cpu", config={})
+        settled_dtype("bfloat16", exact=True, device=lambda: "cpu", config={})
 
 
 def test_a_snapshot_of_the_hugging_face_cache_keeps_its_repo_name(tmp_path: Path) -> None:

@@ -266,7 +266,7 @@ def test_two_nodes_cannot_share_a_data_folder(tmp_path: Path, caplog: pytest.Log
         ({"network": "http://mill.example"}, 2, "without TLS others can read prompts"),
         ({"network": "ftp://127.0.0.1"}, 2, "is no network address"),
         ({"engine": "native", "device": "cpu", "model": "./absent"}, 4, "the folder ./absent does not exist"),
-        ({"engine": "native", "device": "cuda:99"}, 4, "--device cuda:99 is not here"),
+        ({"engine": "native", "device": "cuda:99", "model": "gridmill/demo"}, 4, "--device cuda:99 is not here"),
         ({"model": "./absent"}, 4, "the folder ./absent does not exist"),
     ],
 )

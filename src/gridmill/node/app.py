@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import sys
@@ -87,8 +88,8 @@ async def _run(settings: NodeSettings, ready: Ready, asked: _Asked) -> int:
 async def _engine(settings: NodeSettings) -> Engine:
     """Finds the model and loads it. Raises _CannotRun."""
     progress = ProgressBar(bar=False if settings.json else None)
+    pick = functools.cache(lambda: pick_device(settings.device))
     try:
-        device = None if settings.engine_kind == "echo" else await _in_thread(lambda: pick_device(settings.device))
         local = await resolve(
             settings.model,
             data=settings.data,
@@ -97,7 +98,7 @@ async def _engine(settings: NodeSettings) -> Engine:
             revision=settings.revision,
             dtype=settings.dtype,
             exact=settings.exact,
-            device=device.kind if device is not None else "cpu",
+            device=lambda: pick().kind,
             context_tokens=settings.context_tokens,
             trust_remote_code=settings.trust_remote_code,
             hub_url=settings.hub_url,
@@ -106,7 +107,7 @@ async def _engine(settings: NodeSettings) -> Engine:
         )
         for note in local.notes:
             log.warning("%s", note)
-        if device is None:
+        if settings.engine_kind == "echo":
             engine: Engine = EchoEngine(
                 local.served,
                 slots=settings.slots,
@@ -118,7 +119,7 @@ async def _engine(settings: NodeSettings) -> Engine:
             engine = await _in_thread(
                 lambda: load_native_engine(
                     local,
-                    device,
+                    pick(),
                     data=settings.data,
                     slots=settings.slots,
                     kv_bytes=settings.kv_memory,
@@ -132,10 +133,10 @@ async def _engine(settings: NodeSettings) -> Engine:
     finally:
         progress.close()
     log.info(
-        "serving %s with the %s engine on %s",
+        "serving %s with the %s engine%s",
         local.name,
         engine.kind,
-        device.label if device is not None else "no device",
+        f" on {pick().label}" if settings.engine_kind == "native" else "",
         extra={"class": local.model_class.class_id[:8], "arithmetic": local.model_class.arithmetic},
     )
     return engine

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -92,7 +92,7 @@ async def resolve(
     revision: str | None = None,
     dtype: DTypeChoice = "auto",
     exact: bool | None = None,
-    device: str = "cpu",
+    device: Callable[[], str] = lambda: "cpu",
     context_tokens: int | None = None,
     trust_remote_code: bool = False,
     hub_url: str = hub.HUB_URL,
@@ -102,7 +102,8 @@ async def resolve(
     """Finds or fetches `model` (a folder, OWNER/NAME on the hub, or `gridmill/demo`) and computes its class.
 
     With `engine="echo"` only the tokenizer and what stands beside it are needed, and a name that is neither a folder
-    nor cached is served with the demo's tokenizer; the hub is asked only when `revision` is given. Raises ModelError.
+    nor cached is served with the demo's tokenizer; the hub is asked only when `revision` is given. `device` says what
+    kind of device will compute, and is asked late, in a thread: finding out means importing torch. Raises ModelError.
     """
     try:
         found = await _locate(
@@ -374,7 +375,7 @@ def _describe(
     echo: bool,
     dtype: DTypeChoice,
     exact: bool | None,
-    device: str,
+    device: Callable[[], str],
     context_tokens: int | None,
     trust_remote_code: bool,
     digests: DigestCache,
@@ -416,7 +417,7 @@ def _describe(
     )
 
 
-def settled_dtype(dtype: DTypeChoice, *, exact: bool, device: str, config: dict[str, Any]) -> str:
+def settled_dtype(dtype: DTypeChoice, *, exact: bool, device: Callable[[], str], config: dict[str, Any]) -> str:
     """What `auto` means: float32 on a CPU and in exact mode, elsewhere what the model was saved in."""
     if exact:
         if dtype not in ("auto", "float32"):
@@ -425,9 +426,7 @@ def settled_dtype(dtype: DTypeChoice, *, exact: bool, device: str, config: dict[
     if dtype != "auto":
         return dtype
     saved = str(_setting(config, "dtype") or _setting(config, "torch_dtype") or "float32").removeprefix("torch.")
-    if device == "cpu" or saved not in DTYPES:
-        return "float32"
-    return saved
+    return "float32" if saved not in DTYPES or device() == "cpu" else saved
 
 
 def _text_facts(
