@@ -39,7 +39,7 @@ from gridmill.network.registry import ModelCard, Registry, UnknownModel
 from gridmill.network.text import TextError, TextService
 from gridmill.wire.classes import TextFacts
 from gridmill.wire.messages import Emission, Generate
-from gridmill.wire.sampling import Sampling, base_seed, choice_seed, pack_ids, problem_with
+from gridmill.wire.sampling import base_seed, choice_seed, pack_ids, problem_with
 
 log = logging.getLogger("gridmill.network.gateway")
 
@@ -181,19 +181,22 @@ class OpenAIGateway:
                 "max_tokens",
             )
         base = base_seed(request.seed, self.gateway_secret, exchange.request_id)
-        _check(request.sampling(base, request.max_tokens or facts.context_tokens), facts.vocab_size)
+        problem = problem_with(request.sampling(base, request.max_tokens or facts.context_tokens), facts.vocab_size)
+        if problem is not None:
+            raise RequestError(problem, problem.partition(" ")[0])
         salt = hashlib.sha256(request.cache_salt.encode()).digest() if request.cache_salt is not None else b""
         hidden = frozenset(facts.eos_token_ids) | frozenset(request.stop_token_ids)
         form = kind(exchange.request_id, int(self.wall_clock()), card, request, text)
         answer = _Answer(exchange, form, request)
         for ids in await kind.encode(self.texts, card.class_id, request):
             max_tokens = min(_room(ids, facts, kind.prompt_param), request.max_tokens or DEFAULT_MAX_TOKENS)
+            if request.min_tokens > max_tokens:
+                raise RequestError(f"min_tokens must be between 0 and {max_tokens}, all that fits here", "min_tokens")
             packed = pack_ids(ids)
             exchange.prompt_tokens += len(ids)
             for _ in range(request.n):
                 index = len(answer.choices)
                 sampling = request.sampling(choice_seed(base, index), max_tokens)
-                _check(sampling, facts.vocab_size)
                 work_id = f"{exchange.request_id}-{index}"
                 answer.add(Generate(work_id, card.class_id, packed, sampling, cache_salt=salt), hidden)
         self.metrics.prompt_accepted(exchange.prompt_tokens)
@@ -433,12 +436,6 @@ class _Answer:
             "total_tokens": prompt_tokens + completion_tokens,
             "prompt_tokens_details": {"cached_tokens": cached_tokens},
         }
-
-
-def _check(sampling: Sampling, vocab_size: int) -> None:
-    problem = problem_with(sampling, vocab_size)
-    if problem is not None:
-        raise RequestError(problem, problem.partition(" ")[0])
 
 
 def _room(ids: Sequence[int], facts: TextFacts, param: str) -> int:
