@@ -1,4 +1,4 @@
-"""Steps by hand, without threads: whoever joins, leaves, stalls or loses its pages, the ids stay those of a run alone."""
+"""Steps by hand, without threads: whoever joins, leaves, stalls or is preempted, the ids stay those of a run alone."""
 
 from __future__ import annotations
 

@@ -14,18 +14,20 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 import torch
 
 from gridmill.node.engines.admission import already_ended, output_limit, refusal
 from gridmill.node.engines.base import Emit, Failed, Finished, Refused, Served, Tokens
+from gridmill.node.engines.native.families import Findings, admission_test
 from gridmill.node.engines.native.runner import Row, Runner
 from gridmill.node.engines.native.sampler import SamplingState
+from gridmill.node.engines.native.slice import ModelUnsupported, read_config
 from gridmill.node.engines.native.step import Made, Session, Stepper, describe
 from gridmill.wire.classes import ModelClass, TextFacts
 from gridmill.wire.messages import Generate, Telemetry
@@ -70,6 +72,7 @@ class NativeEngine:
         token_budget: int | None = None,
         batches: bool = True,
         speeds: Speeds | None = None,
+        notes: Sequence[str] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`batches` false keeps the rows of different sessions out of each other's forward passes.
@@ -79,12 +82,14 @@ class NativeEngine:
         if served.facts.vocab_size != runner.vocab_size:
             raise ValueError(f"the facts say {served.facts.vocab_size} ids, the model has {runner.vocab_size}")
         self.slots = slots
+        self.notes = tuple(notes)  # sentences for the owner: what this model cannot do here
         self._served = served
         self._runner = runner
         self._device = torch.device(runner.device)
         budget = token_budget or (TOKEN_BUDGET_CPU if self._device.type == "cpu" else TOKEN_BUDGET_GPU)
         self._stepper = Stepper(runner, token_budget=budget, together=batches)
         self._speeds = speeds or Speeds(0.0, 0.0)
+        self._torch_threads = torch.get_num_threads()
         self._rate = _Rate(clock)
         self._streams: dict[Session, _Stream] = {}  # of the runs in progress; the event loop's alone
         self._loop: Any = None  # the one event loop that all runs in progress share
@@ -237,6 +242,10 @@ class NativeEngine:
     def _work(self) -> None:
         failure = Failed("engine_closed", "the engine was closed while this work ran")
         try:
+            # OpenMP keeps this per thread: without it, a new thread computes with every core there is, and 40 times
+            # slower where others use them too. torch takes the number over when it is first asked for it.
+            torch.set_num_threads(self._torch_threads)
+            torch.get_num_threads()
             while self._take_inbox():
                 made = self._stepper.step()
                 if made:
@@ -291,15 +300,24 @@ def load_native(
     kv_bytes: int | None = None,
     slots: int = SLOTS,
     token_budget: int | None = None,
-    batches: bool = True,
     trust_remote_code: bool = False,
+    findings: Findings | None = None,
     progress: Callable[[str, float], None] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> NativeEngine:
-    """Loads the model, measures its speed for about a second, and starts serving it. Blocks: call it from a thread.
+    """Tests the family on a tiny twin, loads the model, measures its speed, and starts serving it.
 
-    `batches` is what the admission test found. Raises slice.ModelUnsupported.
+    Blocks for seconds to minutes: call it from a thread. The number of torch's threads in that thread is the engine's.
+    `findings` saves the test where its result is known. Raises slice.ModelUnsupported.
     """
+    if findings is None:
+        findings = admission_test(read_config(folder, trust_remote_code=trust_remote_code), exact=exact)
+    if not findings.faithful:
+        reasons = " ".join(findings.details)
+        raise ModelUnsupported(f"the native engine does not compute this family as transformers does. {reasons}")
+    notes = list(findings.details)
+    if not findings.batches:
+        notes.append("This model is served one request at a time: its rows do not compute together as they do alone.")
     runner = Runner(
         folder,
         dtype=dtype,
@@ -309,10 +327,21 @@ def load_native(
         trust_remote_code=trust_remote_code,
         progress=progress,
     )
+    if exact and not (findings.exact and runner.exact_holds):
+        notes.append("Exact mode does not hold on this machine: ids may differ from another node's at near-ties.")
+    if runner.pages * runner.page_tokens < facts.context_tokens:
+        room = runner.pages * runner.page_tokens
+        notes.append(f"The KV memory holds {room} tokens, less than the context of {facts.context_tokens}.")
     speeds = measure_speeds(runner, context_tokens=facts.context_tokens, clock=clock)
-    served = Served(name, model_class, facts, dict(files))
     return NativeEngine(
-        served, runner, slots=slots, token_budget=token_budget, batches=batches, speeds=speeds, clock=clock
+        Served(name, model_class, facts, dict(files)),
+        runner,
+        slots=slots,
+        token_budget=token_budget,
+        batches=findings.batches,
+        speeds=speeds,
+        notes=notes,
+        clock=clock,
     )
 
 

@@ -221,7 +221,7 @@ class Stepper:
     def _forward(self, batch: list[tuple[Session, int]]) -> list[Made]:
         rows = []
         choosing = []
-        states = []
+        states: list[SamplingState] = []
         for session, grant in batch:
             table, row, computed = session.table, session.row, session.computed
             assert table is not None
@@ -231,6 +231,7 @@ class Stepper:
             row.ids = session.known[computed:end]
             if end == len(session.known):
                 row.logits = 1
+                assert session.state is not None
                 choosing.append(session)
                 states.append(session.state)
             else:
