@@ -284,7 +284,7 @@ def _side(settings: NodeSettings, pinned: bytes | None) -> NodeSide:
             identity,
             host="",  # taken from the address that is dialled
             software=f"gridmill/{__version__} ({sys.platform})",
-            join_token=settings.join_token,
+            join_token=settings.join_token or "",
             pinned_network_key=settings.pinned_network_key or pinned,
         )
         if settings.owner is None:

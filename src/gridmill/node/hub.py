@@ -26,9 +26,9 @@ from urllib.parse import quote
 import aiohttp
 import msgspec
 
+from gridmill.node.settings import HUB_URL
 from gridmill.wire.classes import FileDigest
 
-HUB_URL = "https://huggingface.co"
 MANIFEST = "gridmill-manifest.json"
 LISTING_BYTES_MAX = 32 << 20  # the listing of a repo with tens of thousands of files
 FILES_MAX = 4096  # more files than any model needs; a listing beyond it is no model

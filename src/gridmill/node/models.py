@@ -17,9 +17,11 @@ from typing import Any, Literal
 
 import msgspec
 
+from gridmill.demo import DEMO_MODEL_NAME, demo_model_folder
 from gridmill.node import hub
 from gridmill.node.engines.base import Served
 from gridmill.node.hub import HubError, HubManifest, HubUnreachable, Progress, is_plain_name, is_repo_id, write_whole
+from gridmill.node.settings import HUB_URL, DTypeChoice
 from gridmill.wire.classes import (
     TOKENIZER_BYTES_MAX,
     FileDigest,
@@ -30,14 +32,12 @@ from gridmill.wire.classes import (
 )
 from gridmill.wire.sampling import SAMPLER_VERSION
 
-DEMO = "gridmill/demo"
 INDEX = "model.safetensors.index.json"
 JSON_BYTES_MAX = 32 << 20  # a config with everything inlined; the largest index of a public model is under 20 MB
 SHARDS_MAX = 1024  # the largest public checkpoints have under 300
 ECHO_CONTEXT_TOKENS = 8192  # for a tokenizer that comes without any word about the model's context
 READ_BYTES = 1 << 20
 
-DTypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPES = ("float32", "bfloat16", "float16")
 
 # Everything about text that transformers reads from a model's folder.
@@ -95,7 +95,7 @@ async def resolve(
     device: Callable[[], str] = lambda: "cpu",
     context_tokens: int | None = None,
     trust_remote_code: bool = False,
-    hub_url: str = hub.HUB_URL,
+    hub_url: str = HUB_URL,
     hub_token: str | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> LocalModel:
@@ -161,8 +161,8 @@ async def _locate(
     hub_token: str | None,
     progress: Progress,
 ) -> _Found:
-    if model == DEMO:
-        return _Found(_demo_folder(), DEMO, toy=True)
+    if model == DEMO_MODEL_NAME:
+        return _Found(_demo_folder(), DEMO_MODEL_NAME, toy=True)
     folder = _existing_folder(model)
     if folder is not None:
         if revision is not None:
@@ -202,7 +202,7 @@ async def _locate(
     except HubUnreachable as error:
         raise ModelError(
             f"{model} is not on this machine and {error}: connect to the internet, or give --model the path of a "
-            f"folder that holds it, or try --model {DEMO}, which is built in"
+            f"folder that holds it, or try --model {DEMO_MODEL_NAME}, which is built in"
         ) from error
     return _Found(fetched, model, manifest=manifest)
 
@@ -227,9 +227,7 @@ def _name_of(folder: Path) -> str:
 
 
 def _demo_folder() -> Path:
-    from gridmill.demo import demo_model_folder
-
-    folder = Path(demo_model_folder())
+    folder = demo_model_folder()
     if not folder.is_dir():
         raise ModelError(f"this installation lacks the demo model at {folder}; install gridmill again")
     return folder.resolve()

@@ -1,6 +1,7 @@
 """The node's settings: one frozen object, built once from flags, `GRIDMILL_…`, TOML and defaults.
 
-This is the only file of the node that sees the environment, and it gets it as an argument.
+This is the only file of the node that sees the environment, and it gets it as an argument. Every command line imports
+it to print its help, so it imports next to nothing.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from gridmill.node.hub import HUB_URL
-from gridmill.node.models import DEMO, DTypeChoice
+from gridmill.demo import DEMO_MODEL_NAME
 from gridmill.settings_loader import SettingsError, load, parse_size, setting, toml_path_for
-from gridmill.wire.codec import DRAIN_SECONDS_MAX, NAME_CHARS_MAX, SLOTS_MAX
 
 DEFAULT_DATA = Path("~/.gridmill").expanduser()
+HUB_URL = "https://huggingface.co"
+DTypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
 KV_BYTES_MIN = 1 << 20  # less holds not one page of a real model; a number without its unit is caught here
 
 
@@ -26,7 +27,9 @@ class NodeSettings:
     """What `gridmill node` can be told by flags, `GRIDMILL_…`, or `[node]` in DATA/gridmill.toml."""
 
     network: str = setting(help="address of the network to join, with or without /v1")
-    model: str = setting(DEMO, help="folder, OWNER/NAME on the Hugging Face hub, or gridmill/demo, a toy that ships")
+    model: str = setting(
+        DEMO_MODEL_NAME, help="folder, OWNER/NAME on the Hugging Face hub, or gridmill/demo, a toy that ships"
+    )
     name: str | None = setting(None, help="name to offer the model under (default: its folder's or repo's name)")
     revision: str | None = setting(None, help="branch, tag or commit on the hub (default: main, pinned at first use)")
     engine: Literal["native", "echo", "mock"] = setting(
@@ -35,7 +38,7 @@ class NodeSettings:
     data: Path = setting(DEFAULT_DATA, help="folder for this node's key, models and what it has measured")
     config: Path | None = setting(None, help="settings file (default: DATA/gridmill.toml, if it exists)")
     owner: Path | None = setting(None, help="key file of the node's owner (default: the node is its own owner)")
-    join_token: str = setting("", help="token from `gridmill keys create NAME --scope node`", secret=True)
+    join_token: str | None = setting(None, help="token from `gridmill keys create NAME --scope node`", secret=True)
     network_key: str | None = setting(
         None, help="the network's public key, 64 hex digits (default: pinned at first join)"
     )
@@ -49,7 +52,9 @@ class NodeSettings:
     kv_memory: int | None = setting(None, help="memory for running conversations, such as 8GiB", parse=parse_size)
     slots: int = setting(64, help="how many works run at once")
     context_tokens: int | None = setting(None, help="cap on prompt plus answer (default: what the model was made for)")
-    threads: int | None = setting(None, help="CPU threads of the native engine (default: torch decides)")
+    threads: int | None = setting(
+        None, help="CPU threads of the native engine (default: one less than there are cores)"
+    )
     trust_remote_code: bool = setting(
         False, help="run Python code that comes with the model; it can do anything you can"
     )
@@ -64,6 +69,9 @@ class NodeSettings:
     exit_with_parent: bool = setting(False, help="end when standard input does: for programs that start a node")
 
     def __post_init__(self) -> None:
+        # Late, because the codec brings the library of signatures with it, which a --help does not need.
+        from gridmill.wire.codec import DRAIN_SECONDS_MAX, NAME_CHARS_MAX, SLOTS_MAX
+
         _require(bool(self.network.strip()), "--network is empty: give the address of the network to join")
         _require(bool(self.model.strip()), "--model is empty: give a folder, OWNER/NAME or gridmill/demo")
         for name in (self.name, self.model if self.engine_kind == "echo" else None):
