@@ -57,6 +57,7 @@ RESPAWN_DELAY_SECONDS_MAX = 5.0
 _T = TypeVar("_T")
 _Expected = TypeVar("_Expected", Ids, Loaded, Table)
 Fault = Literal["caller", "class", "network"]
+Pace = Literal["unknown", "fast", "slow"]  # of a class's last call; an unknown one runs one call at a time
 
 
 class TextError(Exception):
@@ -248,10 +249,10 @@ class TextService:
                     continue
                 if prompt_bytes <= BLAMELESS_PROMPT_BYTES:
                     record.conduct.note_breach(loop.time(), self._quarantine_seconds)
-                record.slow = True
+                record.pace = "slow"
                 raise _breach(death, self._memory_bytes) from death
             finally:
-                self._give_back(worker)
+                self._give_back(record, worker)
 
     async def _ask(self, worker: TextProcess, record: _Class, body: bytes) -> Ids:
         if record.class_id not in worker.loaded:
@@ -260,7 +261,7 @@ class TextService:
         loop = asyncio.get_running_loop()
         started = loop.time()
         reply = await worker.ask(body, self._call_seconds, REPLY_BYTES_MAX)
-        record.slow = loop.time() - started > SLOW_SECONDS
+        record.pace = "slow" if loop.time() - started > SLOW_SECONDS else "fast"
         return _expect(reply, Ids)
 
     async def _load(self, worker: TextProcess, record: _Class, *, describe: bool = False) -> Reply:
@@ -287,7 +288,7 @@ class TextService:
         except ProcessDied:
             return  # the same
         finally:
-            self._give_back(worker)
+            self._give_back(record, worker)
 
     def _conduct_of(self, class_id: str) -> _Conduct:
         conduct = self._conduct.setdefault(class_id, _Conduct())
@@ -327,7 +328,7 @@ class TextService:
             return await waiting.turn
         except asyncio.CancelledError:
             if waiting.turn.done() and not waiting.turn.cancelled() and waiting.turn.exception() is None:
-                self._give_back(waiting.turn.result())
+                self._give_back(record, waiting.turn.result())
             raise
         finally:
             timer.cancel()
@@ -340,21 +341,25 @@ class TextService:
         if not candidates:
             return None
         worker = next((worker for worker in candidates if record.class_id in worker.loaded), candidates[0])
-        slow = record.slow or record.class_id not in worker.loaded
+        slow = record.pace == "slow" or record.class_id not in worker.loaded
         if slow and self._slow_leases >= max(1, self._worker_count - 1):
+            return None
+        if record.pace == "unknown" and record.running > 0:
             return None
         self._free.remove(worker)
         worker.leased_as_slow = slow
         self._slow_leases += slow
+        record.running += 1
         return worker
 
-    def _give_back(self, worker: TextProcess) -> None:
+    def _give_back(self, record: _Class, worker: TextProcess) -> None:
         """Ends a lease. A worker still at work for a caller who left comes back when it has answered."""
         if worker.busy and not worker.dead:
-            worker.on_idle = self._give_back
+            worker.on_idle = lambda: self._give_back(record, worker)
             return
         self._slow_leases -= worker.leased_as_slow
         worker.leased_as_slow = False
+        record.running -= 1
         if not worker.dead:
             self._free.append(worker)
         self._serve_waiting()
@@ -429,8 +434,9 @@ class _Class:
         self.facts = facts
         self.facts_bytes = facts_bytes
         self.prompt_bytes_max = PROMPT_BYTES_MAX
-        self.slow = True  # until a call has been fast
+        self.pace: Pace = "unknown"
         self.waiting = 0
+        self.running = 0
         self.conduct = conduct
 
 

@@ -49,7 +49,7 @@ class TextProcess(asyncio.SubprocessProtocol):
         self.leased_as_slow = False
         self.dead = False
         self.busy = False
-        self.on_idle: Callable[[TextProcess], None] | None = None
+        self.on_idle: Callable[[], None] | None = None
         self._loop = loop
         self._ready: asyncio.Future[None] = loop.create_future()
         self._answer: asyncio.Future[Reply] | None = None
@@ -96,6 +96,10 @@ class TextProcess(asyncio.SubprocessProtocol):
         assert self._stdin is not None, "a worker is asked after it has started"
         self._stdin.write(body)
         return answer
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._transport is None else self._transport.get_pid()
 
     def kill(self, cause: Cause) -> None:
         if self.dead or self._kill_cause is not None:
@@ -169,7 +173,7 @@ class TextProcess(asyncio.SubprocessProtocol):
                 answer.set_result(outcome)
         if self.on_idle is not None:
             on_idle, self.on_idle = self.on_idle, None
-            on_idle(self)
+            on_idle()
 
 
 _REPLY_DECODER: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
