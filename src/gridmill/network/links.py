@@ -18,6 +18,7 @@ from gridmill.network.accounts import Accounts
 from gridmill.network.registry import NodeRecord, Registry
 from gridmill.network.text import TextError, TextService
 from gridmill.wire.classes import TEXT_FACTS_BYTES_MAX, TOKENIZER_BYTES_MAX, ClassId, parse_facts
+from gridmill.wire.codec import clip
 from gridmill.wire.link import Arrived, Closed, Opened, Proven, Reason
 from gridmill.wire.messages import (
     Accept,
@@ -31,6 +32,8 @@ from gridmill.wire.messages import (
     Fetch,
     Generate,
     Heartbeat,
+    Listed,
+    Listing,
     NodeId,
     Offer,
     Offers,
@@ -365,9 +368,11 @@ class Links:
         assert record is not None
         served: list[ClassOffer] = []
         held_back: list[ClassOffer] = []
+        listings: list[Listing] = []
         for offer in offers:
             if not self.registry.may_serve(offer, record.node_id):
                 held_back.append(offer)
+                listings.append(_not_served(offer, "its class waits for the operator: `gridmill classes approve`"))
                 log.warning(
                     "an offer waits for `gridmill classes approve`",
                     extra={"node": record.node_id, "offer": offer.name, "class": offer.model_class.class_id[:8]},
@@ -384,12 +389,15 @@ class Links:
                     "an offer cannot be served",
                     extra={"node": record.node_id, "offer": offer.name, "reason": str(problem)[:300]},
                 )
+                listings.append(_not_served(offer, f"the network could not use its text files: {problem}"))
                 continue
             served.append(offer)
+            listings.append(Listing(offer.name, offer.model_class.class_id, True))
         if self._latest_offers.get(node_link) is not offers:
             return  # The node said something newer, or left, while its files were on the way.
         self.registry.hold_back(record, held_back)
         self.registry.offer(record, served)
+        node_link.conversation.send(Listed(tuple(listings)))
         log.info("node serves", extra={"node": record.node_id, "models": [offer.name for offer in served]})
 
     async def _learn(self, node_link: NodeLink, offer: ClassOffer) -> None:
@@ -439,6 +447,10 @@ class Links:
     @property
     def works(self) -> int:
         return sum(node_link.works for node_link in self._by_node.values())
+
+
+def _not_served(offer: ClassOffer, detail: str) -> Listing:
+    return Listing(offer.name, offer.model_class.class_id, False, clip(detail))
 
 
 def _write_whole(path: Path, data: bytes) -> None:

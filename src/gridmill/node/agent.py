@@ -34,6 +34,7 @@ from gridmill.wire.messages import (
     Emission,
     End,
     Fetch,
+    Listed,
     Offer,
     Offers,
     Refuse,
@@ -155,6 +156,12 @@ class Agent:
                     self._works[stream].task.cancel()
             case Fetch(transfer=transfer, sha256=sha256):
                 self._spawn(self._send_file(transfer, sha256), f"transfer {transfer}")
+            case Listed(listings=listings):
+                for listing in listings:
+                    if listing.served:
+                        log.info("the network serves %s", listing.name, extra={"class": listing.class_id[:8]})
+                    else:
+                        log.warning("the network does not serve %s yet: %s", listing.name, listing.detail)
             case Drain(deadline_seconds=seconds):
                 log.info("the network is stopping within %.0f s; nothing new will come from it", seconds)
             case _:

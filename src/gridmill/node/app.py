@@ -31,7 +31,8 @@ from gridmill.node.models import ModelError, resolve
 from gridmill.node.progress import ProgressBar
 from gridmill.node.settings import NodeSettings
 from gridmill.wire.identity import Identity, IdentityError, certify, node_id_of
-from gridmill.wire.link import Closed, Event, NodeSide, Opened, Reason
+from gridmill.wire.link import Arrived, Closed, Event, NodeSide, Opened, Reason
+from gridmill.wire.messages import Listed
 from gridmill.wire.transport import Conversation, DialError, keep_dialled, link_address
 
 log = logging.getLogger("gridmill.node")
@@ -242,6 +243,9 @@ class _Serving:
                     agent.on_event(event)
                     if isinstance(event, Opened):
                         self._opened(event)
+                    elif isinstance(event, Arrived) and isinstance(event.message, Listed):
+                        # Only now can users ask for the model: the network has fetched and checked its text files.
+                        self._listed(conversation)
 
                 leaving = group.create_task(leave(), name="leave")
                 closed = await conversation.run(on_event)
@@ -255,7 +259,10 @@ class _Serving:
             self._pins.pin(self._address, opened.network_key)
         except OSError as problem:
             log.warning("the network's key could not be kept in %s: %s", self._pins.path, problem)
-        if self._ready is not None:
+
+    def _listed(self, conversation: Conversation) -> None:
+        opened = conversation.link.opened
+        if self._ready is not None and opened is not None:
             ready, self._ready = self._ready, None
             ready(
                 {

@@ -1,8 +1,8 @@
 """Model classes: two nodes are interchangeable only within one class.
 
-class_id = SHA-256 over the canonical JSON of everything that decides which ids come out: the digests of the weights, the
-arithmetic, the KV dtype, the sampler version, and the hashes of the two text files the gateway itself uses. A node cannot
-lie about a class without changing its id, and the network can check the text files it is sent against the id alone.
+class_id = SHA-256 over the canonical JSON of everything that decides which ids come out: the digests of the weights,
+the arithmetic, the KV dtype, the sampler version, and the hashes of the two text files the gateway itself uses. A node
+cannot lie about a class without changing its id, and the network can check the files it is sent against the id alone.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from gridmill.wire.messages import (
     Goodbye,
     Heartbeat,
     Hello,
+    Listed,
     Offer,
     Offers,
     Proof,
@@ -45,9 +46,7 @@ from gridmill.wire.sampling import TOP_LOGPROBS_MAX, TokenLogprob, problem_with
 CHUNK_BYTES_MAX = 64 << 10  # file data of one Chunk: 5 ms of a 100 Mbit/s line, which is how long it delays a token
 FRAGMENT_BYTES_MAX = 64 << 10  # the same bound for one piece of a large message
 FRAME_BYTES_MAX = FRAGMENT_BYTES_MAX + 256  # payload of one frame: a full Chunk with its fields needs no fragments
-GREETING_FRAME_BYTES_MAX = (
-    8 << 10
-)  # before Ready; the longest honest frame until then, all limits below used, is under 4 KiB
+GREETING_FRAME_BYTES_MAX = 8 << 10  # before Ready; the longest honest frame until then is under 4 KiB
 MESSAGE_BYTES_MAX = 4 << 20  # an Offer of a million ids: the longest context that public models claim
 STEP_BYTES_MAX = 1 << 20  # 64 streams × 20 top logprobs × 40 positions that piled up behind a slow socket
 IDS_BYTES_MAX = MESSAGE_BYTES_MAX - (64 << 10)  # prompt and delivered ids together; the rest is room for Sampling
@@ -73,7 +72,7 @@ CACHE_SALT_BYTES_MAX = 64  # a hash
 OFFERS_MAX = 64  # classes per node: weights for more do not fit one machine, and `echo` needs few
 WEIGHT_FILES_MAX = 2048  # the largest public checkpoints have under 300 files
 FILE_NAME_CHARS_MAX = 255  # what file systems allow
-SLOTS_MAX = 1 << 16
+SLOTS_MAX = 1 << 16  # a node that claims more works at once is mistaken
 STREAMS_OPEN_MAX = 4096  # 64 times the default of concurrent works per node
 TRANSFERS_OPEN_MAX = 4  # tokenizer and text facts of two classes at once
 CREDIT_MAX = 1 << 24  # ids; more than any context
@@ -223,6 +222,14 @@ def _check_offers(message: Offers) -> None:
     _require(len(message.offers) <= OFFERS_MAX, f"offers holds over {OFFERS_MAX} classes")
     for offer in message.offers:
         _check_class_offer(offer)
+
+
+def _check_listed(message: Listed) -> None:
+    _require(len(message.listings) <= OFFERS_MAX, f"listings holds over {OFFERS_MAX} classes")
+    for listing in message.listings:
+        _check_line(listing.name, NAME_CHARS_MAX, "name", chars_min=1)
+        _check_sha256(listing.class_id, "class_id")
+        _check_line(listing.detail, DETAIL_CHARS_MAX, "detail")
 
 
 def _check_class_offer(offer: ClassOffer) -> None:
@@ -379,6 +386,7 @@ _CHECKS: dict[type, Callable[[Any], None]] = {
     Offers: _check_offers,
     Fetch: _check_fetch,
     Chunk: _check_chunk,
+    Listed: _check_listed,
     Offer: _check_offer,
     Accept: _check_accept,
     Refuse: _check_refuse,

@@ -38,6 +38,7 @@ from gridmill.wire.messages import (
     Goodbye,
     Heartbeat,
     Hello,
+    Listed,
     NodeId,
     Offer,
     Offers,
@@ -52,9 +53,7 @@ from gridmill.wire.messages import (
 
 GREETING_SECONDS_MAX = 10.0  # three flights over a slow line; longer and idle sockets could pile up
 HEARTBEATS_MISSED_MAX = 3  # one lost Wi-Fi second must not end fifty streams
-SEND_BYTES_MAX = (
-    256 << 10
-)  # one socket send: coalescing more saves nothing, and receivers can bound a WebSocket message
+SEND_BYTES_MAX = 256 << 10  # one socket send: more saves nothing, and receivers can bound a WebSocket message
 QUEUE_BYTES_MAX = 96 << 20  # one whole tokenizer plus work; past it the other side has stopped reading
 HEARTBEATS_UNHEARD_MAX = 12  # a slow line's own buffers may hold half a minute of a tokenizer; past it nobody reads
 HEARTBEATS_REMEMBERED = 16  # whose sending times are kept for round trips; more than may go unheard
@@ -95,7 +94,7 @@ class StreamState(StrEnum):
     ENDED = "ended"  # forgotten; a number no greater than the last one offered means this
 
 
-_AT_WORK: tuple[type, ...] = (Offers, Fetch, Chunk, Offer, Accept, Refuse, Step, Credit, Cancel, Heartbeat)
+_AT_WORK: tuple[type, ...] = (Offers, Fetch, Chunk, Listed, Offer, Accept, Refuse, Step, Credit, Cancel, Heartbeat)
 
 NEXT: dict[tuple[State, type], State] = {
     (State.DIALLED, Hello): State.GREETED,
@@ -117,6 +116,7 @@ SENDERS: dict[type, tuple[Role, ...]] = {
     Offers: (Role.NODE,),
     Fetch: (Role.NETWORK,),
     Chunk: (Role.NODE,),
+    Listed: (Role.NETWORK,),
     Offer: (Role.NETWORK,),
     Accept: (Role.NODE,),
     Refuse: (Role.NODE,),

@@ -106,6 +106,21 @@ class Chunk(Message, frozen=True, array_like=True, tag="chunk"):
     data: bytes
 
 
+class Listing(msgspec.Struct, frozen=True, array_like=True):
+    """What became of one offer. When it is not served, `detail` says in one sentence what would change that."""
+
+    name: str
+    class_id: str
+    served: bool
+    detail: str = ""
+
+
+class Listed(Message, frozen=True, array_like=True, tag="listed"):
+    """Network, after each Offers and whenever that changes: which of the node's offers users can ask for now."""
+
+    listings: tuple[Listing, ...]
+
+
 # ---------------------------------------------------------------- work
 
 
@@ -159,7 +174,7 @@ class Emission(msgspec.Struct, frozen=True, array_like=True):
 class End(msgspec.Struct, frozen=True, array_like=True):
     """The last word on a stream. `count` is how many output ids the node says it sent in all, `delivered` excluded.
 
-    kind: stop | length | cancelled (finished), failed (the node's fault). `cached_tokens`: prompt ids it did not recompute.
+    kind: stop | length | cancelled (finished), failed (the node's fault). `cached_tokens`: prompt ids not recomputed.
     """
 
     stream: int
@@ -206,7 +221,7 @@ class Telemetry(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Heartbeat(Message, frozen=True, array_like=True, tag="beat"):
-    """Both, at the interval of Ready. `echo` repeats the number of the last heartbeat heard, which gives round trips."""
+    """Both, at the interval of Ready. `echo` repeats the number of the last heartbeat heard: round trips."""
 
     number: int
     echo: int
@@ -234,6 +249,7 @@ AnyMessage = (
     | Offers
     | Fetch
     | Chunk
+    | Listed
     | Offer
     | Accept
     | Refuse
