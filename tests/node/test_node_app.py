@@ -23,7 +23,7 @@ from gridmill.node.app import run_node
 from gridmill.node.settings import load_node_settings
 from gridmill.wire.identity import Identity, owner_id_of
 from gridmill.wire.link import Arrived, Closed, Event, Link, NetworkSide, Proven, Reason
-from gridmill.wire.messages import Accept, Credit, Drain, Generate, Offer, Offers, Step
+from gridmill.wire.messages import Accept, Credit, Drain, Generate, Listed, Listing, Offer, Offers, Step
 from gridmill.wire.sampling import Sampling, pack_ids
 from gridmill.wire.transport import WEBSOCKET_MESSAGE_BYTES_MAX, Conversation, serve_asgi_websocket
 
@@ -61,6 +61,9 @@ class Network:
                     conversation.refuse(Reason.JOIN_REFUSED, "not you")
             elif isinstance(event, Arrived):
                 self.heard.append(event.message)
+                if isinstance(event.message, Offers):
+                    listings = [Listing(o.name, o.model_class.class_id, True) for o in event.message.offers]
+                    conversation.send(Listed(tuple(listings)))
             elif isinstance(event, Closed):
                 self.closed.append(event)
             self._news.set()
