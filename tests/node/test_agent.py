@@ -581,3 +581,23 @@ def test_a_link_that_this_side_closed_cancels_its_works_too() -> None:
             assert not cable.ends()
 
     run(body)
+
+
+def test_a_bug_of_our_own_ends_the_program_instead_of_hanging_a_stream() -> None:
+    class Strict(Cable):
+        def send(self, message: Any) -> None:
+            assert not isinstance(message, Step), "our own Step breaks the protocol"
+            super().send(message)
+
+    async def body() -> None:
+        engine = EchoEngine(served())
+        cable = Strict()
+        with pytest.raises(ExceptionGroup) as group:
+            async with agent_on([engine], cable) as agent:
+                cable.attach(agent)
+                cable.offer(1, work(engine))
+                await asyncio.Event().wait()
+        assert group.value.subgroup(AssertionError) is not None
+        assert engine.telemetry().running == 0
+
+    run(body)

@@ -298,8 +298,18 @@ class Agent:
         self._send(step)
 
     def _send(self, message: AnyMessage) -> None:
-        if self._open:
+        """Breaking the protocol ourselves is a bug that ends the program: a stream that hangs would hide it."""
+        if not self._open:
+            return
+        try:
             self._channel.send(message)
+        except AssertionError as bug:
+            self._open = False
+            self._spawn(_raised(bug), "bug")  # callbacks of the loop cannot raise to anybody; a task of the group can
+
+
+async def _raised(bug: AssertionError) -> None:
+    raise bug
 
 
 class BrokenEngine(Exception):
