@@ -133,6 +133,7 @@ PLAIN = {"()": "empty", "''": "empty", "b''": "empty", "None": "nil", "False": "
 
 INNER: tuple[type, ...] = (
     messages.ClassOffer,
+    messages.Listing,
     classes.ModelClass,
     classes.FileDigest,
     messages.Generate,

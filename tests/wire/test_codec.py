@@ -26,6 +26,8 @@ from gridmill.wire.messages import (
     Goodbye,
     Heartbeat,
     Hello,
+    Listed,
+    Listing,
     Offer,
     Offers,
     Proof,
@@ -217,6 +219,13 @@ def test_only_offers_works_and_steps_may_be_larger_than_a_frame() -> None:
     step = Step(tuple(Emission(1, position, (1 << 31,) * 10) for position in range(20_000)))
     with pytest.raises(Malformed, match="over the 1048576 for its kind"):
         decode(encode(step))
+
+
+def test_the_longest_listing_can_be_sent() -> None:
+    listing = Listing("\U0001f600" * codec.NAME_CHARS_MAX, "d" * 64, False, "\U0001f600" * codec.DETAIL_CHARS_MAX)
+    listed = Listed((listing,) * codec.OFFERS_MAX)
+    assert codec.FRAME_BYTES_MAX < len(encode(listed)) <= bytes_max(Listed)
+    assert decode(encode(listed)) == listed
 
 
 def test_a_full_chunk_fits_one_frame() -> None:

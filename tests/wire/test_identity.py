@@ -12,6 +12,7 @@ import pytest
 from gridmill.wire.identity import (
     Identity,
     IdentityError,
+    _create_key_file,
     certify,
     check_certificate,
     greeting_transcript,
@@ -111,6 +112,14 @@ def test_programs_that_start_together_get_the_same_key(tmp_path: Path) -> None:
     with multiprocessing.get_context("spawn").Pool(4) as pool:
         publics = pool.map(_public_of, [str(tmp_path / "node.key")] * 16, chunksize=1)
     assert len(set(publics)) == 1
+
+
+def test_a_key_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "node.key"
+    _create_key_file(path, bytes(32))
+    _create_key_file(path, bytes([1]) * 32)
+    assert Identity.load_or_create(path).public == ALICE.public
+    assert [file.name for file in tmp_path.iterdir()] == ["node.key"]
 
 
 def test_a_key_file_that_others_can_read_is_used_with_a_warning(

@@ -785,6 +785,23 @@ def test_files_that_are_absent_or_empty_end_at_once() -> None:
     assert both.reasons() == (None, None) and not both.network._transfers and not both.node._transfers
 
 
+def test_a_network_can_ask_whether_it_may_fetch() -> None:
+    both = pair(admit=False)
+    assert not both.network.can_fetch
+    both = opened()
+    while both.network.can_fetch:
+        both.network.send(Fetch(both.network.next_transfer(), "c" * 64))
+    assert len(both.network._transfers) == codec.TRANSFERS_OPEN_MAX
+    with pytest.raises(AssertionError):
+        both.network.send(Fetch(both.network.next_transfer(), "c" * 64))
+    both.settle()
+    both.node.send(Chunk(1, 0, -1, b""))
+    both.settle()
+    assert both.network.can_fetch
+    both.break_off()
+    assert not both.network.can_fetch
+
+
 @pytest.mark.parametrize(
     ("chunks", "reason"),
     [

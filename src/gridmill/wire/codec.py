@@ -49,11 +49,17 @@ FRAME_BYTES_MAX = FRAGMENT_BYTES_MAX + 256  # payload of one frame: a full Chunk
 GREETING_FRAME_BYTES_MAX = 8 << 10  # before Ready; the longest honest frame until then is under 4 KiB
 MESSAGE_BYTES_MAX = 4 << 20  # an Offer of a million ids: the longest context that public models claim
 STEP_BYTES_MAX = 1 << 20  # 64 streams × 20 top logprobs × 40 positions that piled up behind a slow socket
+LISTED_BYTES_MAX = 256 << 10  # as many listings as offers, each with the longest name and sentence
 IDS_BYTES_MAX = MESSAGE_BYTES_MAX - (64 << 10)  # prompt and delivered ids together; the rest is room for Sampling
 TRANSFER_BYTES_MAX = TOKENIZER_BYTES_MAX  # one file: nothing else that is fetched comes near a tokenizer
 
 # Messages that may travel in fragments; all others must fit one frame.
-BYTES_MAX: dict[type, int] = {Offer: MESSAGE_BYTES_MAX, Offers: MESSAGE_BYTES_MAX, Step: STEP_BYTES_MAX}
+BYTES_MAX: dict[type, int] = {
+    Offer: MESSAGE_BYTES_MAX,
+    Offers: MESSAGE_BYTES_MAX,
+    Step: STEP_BYTES_MAX,
+    Listed: LISTED_BYTES_MAX,
+}
 
 # ---------------------------------------------------------------- counts, lengths and ranges
 

@@ -554,6 +554,11 @@ class Link:
         """Network: whether an Offer may be sent at all. A node that drains would refuse it."""
         return self.state is State.READY and len(self._streams) < codec.STREAMS_OPEN_MAX
 
+    @property
+    def can_fetch(self) -> bool:
+        """Network: whether a Fetch may be sent now. One that is never answered stays open as long as the link."""
+        return self.state in (State.READY, State.DRAINING) and len(self._transfers) < codec.TRANSFERS_OPEN_MAX
+
     def next_stream(self) -> int:
         """Network: the number for the next Offer."""
         return self._stream_last + 1
