@@ -447,6 +447,22 @@ def test_a_flood_of_logprobs_is_cut_into_steps_that_the_link_takes() -> None:
     run(body)
 
 
+def test_a_step_that_is_full_at_once_still_comes_after_the_accept() -> None:
+    async def script(generate: Generate, emit: Emit) -> None:
+        entry = TokenLogprob(-1.0, tuple((n, -1.0 - n) for n in range(20)))
+        await emit(Tokens((5,) * 1000, (entry,) * 1000))
+        await emit(Finished("length"))
+
+    async def body() -> None:
+        engine = Scripted(script)
+        async with mill(engine) as cable:
+            cable.offer(1, work(engine, max_tokens=1000, top_logprobs=20))
+            await cable.until(lambda: cable.ends(1))
+            assert len(cable.of(Step)) > 1 and len(cable.ids(1)) == 1000
+
+    run(body)
+
+
 def test_files_are_fetched_in_paced_chunks_and_absent_ones_said_to_be() -> None:
     async def body() -> None:
         engine = EchoEngine(served(padding=300_000))

@@ -115,6 +115,21 @@ def test_the_context_ends_an_answer_that_max_tokens_does_not() -> None:
     asyncio.run(body())
 
 
+def test_no_stop_id_comes_before_min_tokens() -> None:
+    async def body() -> None:
+        engine = EchoEngine(served(vocab_size=8))
+        stops = (3, 4, 5)
+        for seed in range(1, 20):
+            ids = await ids_of(engine, work(engine, [5], seed=seed, max_tokens=40, min_tokens=15, stop_token_ids=stops))
+            assert not set(ids[:15]) & set(stops)
+            assert ids[-1] in stops and not set(ids[:-1]) & set(stops)
+        everything = tuple(range(3, 8))
+        ids = await ids_of(engine, work(engine, [5], max_tokens=40, min_tokens=5, stop_token_ids=everything))
+        assert len(ids) == 1, "in a vocabulary of nothing but stop ids there is no other end"
+
+    asyncio.run(body())
+
+
 def test_streams_advance_in_step_with_each_other() -> None:
     async def body() -> None:
         engine = EchoEngine(served(), slots=8)

@@ -498,10 +498,12 @@ def test_names_from_the_hub_never_leave_the_models_folder(tmp_path: Path) -> Non
     async def body(fake: FakeHub) -> None:
         for name in ("../evil.safetensors", "/tmp/evil.safetensors", "..\\evil.safetensors", "C:evil.safetensors"):
             fake.extra_siblings.append({"rfilename": name, "size": 1, "blobId": "0" * 40})
-        await resolve("owner/tiny", data=tmp_path / "d", hub_url=fake.url)
+        with pytest.raises(ModelError, match="holds no weights"):
+            await resolve("owner/tiny", data=tmp_path / "d", hub_url=fake.url)
         assert not list(tmp_path.rglob("*evil*"))
+        assert not [name for name, _ in fake.requests if "evil" in name]
 
-    with_hub(whole_model(), body)
+    with_hub(text_files(), body)
 
 
 def test_something_that_is_no_hub_is_named_as_such(tmp_path: Path) -> None:
