@@ -189,9 +189,11 @@ def _struct_table(kind: typing.Any) -> str:
         title += f" — {' and '.join(SENDERS[kind])}"
     shape = "array" if configuration.array_like else "map"
     elements = list(kind.__struct_fields__)
+    tag = ""
     if configuration.tag is not None:
         elements.insert(0, f'"{configuration.tag}"')
-    lines = [title, "", f"MessagePack {shape}: `[{', '.join(elements)}]`"]
+        tag = f"Tag `{configuration.tag}`. "
+    lines = [title, "", f"{tag}MessagePack {shape}: `[{', '.join(elements)}]`"]
     if shape == "map":
         lines[-1] = f"MessagePack map with the keys {', '.join(f'`{name}`' for name in elements)}."
     if kind.__doc__ and not kind.__doc__.startswith(f"{kind.__name__}("):
