@@ -993,6 +993,13 @@ def test_a_node_that_talks_but_does_not_read_is_left() -> None:
     assert "were not read" in network.closed.detail and 55 <= now - both.now <= 75
 
 
+def test_a_network_that_floods_heartbeats_is_left() -> None:
+    both = forced(opened(), "network", *(Heartbeat(number, 0) for number in range(1, 30)))
+    assert both.node.closed is None
+    both.node.tick(both.now)
+    assert_closed(both, Reason.HEARTBEAT_LOST, by="node")
+
+
 def test_a_side_that_slept_does_not_blame_the_other() -> None:
     both = opened()
     both.run_for(7.0)
