@@ -157,7 +157,10 @@ class Stepper:
                     return
 
     def _secure(self, runnable: list[Session], grants: list[int]) -> list[tuple[Session, int]]:
-        """The sessions whose pages hold what they were granted; younger ones may lose theirs on the way."""
+        """The sessions whose pages hold what they were granted; younger ones may lose theirs on the way.
+
+        Who has been secured keeps its pages: it is older than whoever is asked next, and its reader is not away.
+        """
         batch = []
         for session, grant in zip(runnable, grants, strict=True):
             table = session.table
@@ -171,8 +174,6 @@ class Stepper:
                 if not secured:
                     continue
             batch.append((session, grant))
-        if self.preemptions:
-            batch = [(session, grant) for session, grant in batch if session.table is not None]
         return batch
 
     def _preempt_for(self, session: Session, *, first: bool) -> bool:
@@ -195,7 +196,6 @@ class Stepper:
         assert victim.table is not None
         self.pages.close(victim.table)
         victim.table = None
-        victim.computed = 0
         self.preemptions += 1
         return True
 
