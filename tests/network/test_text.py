@@ -27,8 +27,10 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
 from gridmill.network.text import TextBreach, TextError, TextService
+from gridmill.network.text_messages import EncodeChat, Load, request_frame
+from gridmill.network.text_process import _environment
 from gridmill.network.text_worker import ChatTemplate, Refused
-from gridmill.wire.classes import TOKENIZER_BYTES_MAX, TextFacts
+from gridmill.wire.classes import TOKENIZER_BYTES_MAX, TextFacts, facts_bytes
 
 TEMPLATES = {path.stem: path.read_text() for path in sorted((Path(__file__).parent / "templates").glob("*.jinja"))}
 CHATML = TEMPLATES["chatml"]
@@ -516,11 +518,12 @@ def test_slow_classes_leave_a_worker_to_the_others(tmp_path: Path) -> None:
         service = TextService(workers=2, call_timeout_seconds=20)
         async with running(service, tmp_path):
             await register(service, tmp_path, byte_level(), A_SECOND, "slow")
+            await service.encode_chat("slow", HELLO)  # from here on it is known to be slow
             slow = [asyncio.create_task(service.encode_chat("slow", HELLO)) for _ in range(6)]
             await asyncio.sleep(0)
             for _ in range(30):
                 await service.encode_chat("model", HELLO)
-            assert sum(task.done() for task in slow) < 6
+            assert sum(task.done() for task in slow) < 4
             assert all(ids == [] for ids in await asyncio.gather(*slow))
 
     asyncio.run(body())
@@ -614,6 +617,38 @@ def test_a_worker_that_crashes_is_a_named_error_at_once(tmp_path: Path) -> None:
             assert len(await service.encode_chat("model", HELLO)) > 4
 
     asyncio.run(body())
+
+
+def test_a_worker_that_cannot_even_end_itself_is_ended(tmp_path: Path) -> None:
+    async def body() -> None:
+        service = TextService(workers=1, call_timeout_seconds=1.0)
+        async with running(service, tmp_path):
+            await register(service, tmp_path, byte_level(), FOREVER, "bad")
+            call = asyncio.create_task(service.encode_chat("bad", HELLO))
+            os.kill(await worker_in_a_call(service), signal.SIGSTOP)
+            assert (await failure(call)).code == "text_time"
+            assert len(await service.encode_chat("model", HELLO)) > 4
+
+    asyncio.run(body())
+
+
+def test_a_worker_ends_itself_when_its_time_is_up_and_when_nobody_asks_any_more() -> None:
+    def worker_after(*requests: bytes) -> int:
+        command = [sys.executable, "-m", "gridmill.network.text_worker", str(1 << 30)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+            assert process.stdin is not None
+            for request in requests:
+                process.stdin.write(request)
+                process.stdin.flush()
+            if requests:
+                process.wait()  # the pipe stays open
+            process.stdin.close()
+            return process.wait()
+
+    load = Load("bad", byte_level().to_str().encode(), facts_bytes(facts_for(byte_level(), FOREVER)), (), False)
+    chat = EncodeChat("bad", HELLO, None, True, 0.0)
+    assert worker_after(request_frame(load, 20.0), request_frame(chat, 0.5)) == -signal.SIGALRM
+    assert worker_after() == 0
 
 
 def test_closing_ends_calls_with_a_named_error_and_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -717,8 +752,6 @@ def test_a_worker_can_open_no_file_and_no_socket_and_knows_none_of_our_environme
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["24"] * 4  # EMFILE
-    from gridmill.network.text_process import _environment
-
     assert set(_environment()) == {"PYTHONPATH", "TOKENIZERS_PARALLELISM", "RAYON_NUM_THREADS", "LC_ALL"}
 
 
