@@ -998,7 +998,7 @@ def test_a_network_that_floods_heartbeats_is_left() -> None:
     both.network._beats_sent = 29  # so that its own link lets the answers pass
     forced(both, "network", *(Heartbeat(number, 0) for number in range(1, 30)))
     assert both.node.closed is None and both.node._beats_sent == 29
-    both.node.tick(both.now)
+    both.run_for(0.0)
     assert_closed(both, Reason.HEARTBEAT_LOST, by="node")
 
 
