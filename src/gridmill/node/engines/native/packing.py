@@ -18,7 +18,7 @@ from torch.nn import functional
 
 PACK_ELEMENTS_MIN = 1 << 17  # exact mode: smaller matrices are as fast in MKL at any batch, see rule 3
 PACK_WORK_MIN = 1 << 20  # otherwise: multiplications per call from which the packed kernel wins
-DROP_ELEMENTS_MIN = 1 << 21  # from here the packed kernel wins even for one row, and the original is freed
+DROP_ELEMENTS_MIN = 1 << 18  # from here, read from memory, the packed weights win even for one row; we keep only them
 
 
 class PackedLinear:

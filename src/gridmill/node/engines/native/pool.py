@@ -164,18 +164,27 @@ class Pool:
         if plan.stale_slots is not None:
             values.index_fill_(1, plan.stale_slots, 0.0)
         # Token-major, which is how projections leave them, so one token's heads are a view.
-        queries = query[0].transpose(0, 1).reshape(count, kv_heads, heads // kv_heads, -1)
-        out = queries.new_zeros(count, kv_heads, heads // kv_heads, values.shape[2])
+        group = heads // kv_heads
+        queries = query[0].transpose(0, 1).reshape(count, kv_heads, group, -1) * scaling
+        out = queries.new_zeros(count, kv_heads, group, values.shape[2])
+        if self.recipe is Recipe.FAST:
+            for span in plan.spans:
+                first = 0 if window is None else max(0, span.position - window + 1)
+                self._fast(plan, span, first, queries, keys, values, out, window, softcap, sinks)
+            return out.view(1, count, heads, -1)
+        exact, rows = (self._lean, ROWS_MIN) if self.recipe is Recipe.LEAN else (self._fixed, group)
+        # Padded once for all tokens that decode, not once for each.
+        single = queries if group >= rows else functional.pad(queries, (0, 0, 0, rows - group))
         for span in plan.spans:
             first = 0 if window is None else max(0, span.position - window + 1)
-            if self.recipe is Recipe.FAST:
-                self._fast(plan, span, first, queries, keys, values, out, scaling, window, softcap, sinks)
+            if span.length == 1:
+                result = exact(plan, span, first, single[span.start], keys, values, window, softcap, sinks)
+                out[span.start] = result[:, :group]
                 continue
             stop = span.start + span.length
-            q = queries[span.start : stop].transpose(0, 1).reshape(kv_heads, -1, queries.shape[3]) * scaling
-            exact = self._lean if self.recipe is Recipe.LEAN else self._fixed
+            q = queries[span.start : stop].transpose(0, 1).reshape(kv_heads, span.length * group, -1)
             result = exact(plan, span, first, q, keys, values, window, softcap, sinks)
-            out[span.start : stop] = result.view(kv_heads, span.length, -1, values.shape[2]).transpose(0, 1)
+            out[span.start : stop] = result.view(kv_heads, span.length, group, -1).transpose(0, 1)
         return out.view(1, count, heads, -1)
 
     def _fast(
@@ -187,7 +196,6 @@ class Pool:
         keys: torch.Tensor,
         values: torch.Tensor,
         out: torch.Tensor,
-        scaling: float,
         window: int | None,
         softcap: float | None,
         sinks: torch.Tensor | None,
@@ -195,7 +203,7 @@ class Pool:
         end = span.position + span.length
         k, v = _read(span, keys, values, first, end)
         if span.length == 1:
-            scores = torch.bmm(queries[span.start] * scaling, k.transpose(1, 2))
+            scores = torch.bmm(queries[span.start], k.transpose(1, 2))
             if softcap is not None:
                 scores = torch.tanh(scores / softcap) * softcap
             torch.bmm(_softmax(scores, sinks).to(v.dtype), v, out=out[span.start])
@@ -205,11 +213,9 @@ class Pool:
         q = queries[span.start : stop].transpose(0, 1).reshape(kv_heads, span.length * group, -1)
         hidden = self._hidden(plan, span, first, end, window, group)
         if softcap is None and sinks is None:
-            result = functional.scaled_dot_product_attention(
-                q[None], k[None], v[None], attn_mask=~hidden, scale=scaling
-            )
+            result = functional.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=~hidden, scale=1.0)
         else:
-            scores = torch.bmm(q * scaling, k.transpose(1, 2))
+            scores = torch.bmm(q, k.transpose(1, 2))
             if softcap is not None:
                 scores = torch.tanh(scores / softcap) * softcap
             result = torch.bmm(_softmax(scores.masked_fill_(hidden, MINUS_INFINITY), sinks).to(v.dtype), v)
