@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from gridmill.network import accounts as accounts_module
@@ -20,6 +21,7 @@ from gridmill.network.links import STREAM_CREDIT_IDS, Links
 from gridmill.network.registry import Registry
 from gridmill.network.store import Store
 from gridmill.wire.classes import ModelClass, TextFacts, facts_bytes
+from gridmill.wire.codec import STREAMS_OPEN_MAX
 from gridmill.wire.identity import Identity
 from gridmill.wire.link import Arrived, Event, Link, NetworkSide, NodeSide, Opened, Reason
 from gridmill.wire.messages import (
@@ -547,5 +549,42 @@ def test_a_tokenizer_that_does_not_match_its_class_is_not_served(tmp_path: Path)
         assert not world.registry.snapshot().by_class.get(CLASS.class_id)
         await world.join(ScriptedNode(count_up, slots=1))  # an honest node of the same class is not harmed
         assert (await Reader().serve(world, work())).output_tokens == 10
+
+    play(tmp_path, body)
+
+
+def test_a_node_that_offers_and_offers_and_sends_no_files_harms_nobody(tmp_path: Path) -> None:
+    async def body(world: World) -> None:
+        def other(number: int) -> ModelClass:
+            return msgspec.structs.replace(CLASS, tokenizer_sha256=f"{number:064x}")
+
+        class Silent(ScriptedNode):
+            def on_event(self, event: Event) -> None:
+                if isinstance(event, Opened):
+                    for number in range(20):
+                        self.send(Offers((ClassOffer("demo", other(number), 1, "echo"),)))
+                self.news.set()
+
+        await world.join(Silent(count_up, slots=1), served=False)
+        await asyncio.sleep(0.05)
+        await world.join(ScriptedNode(count_up, slots=1))
+        assert (await Reader().serve(world, work())).output_tokens == 10
+
+    play(tmp_path, body)
+
+
+def test_a_node_may_promise_more_places_than_its_link_has_streams(tmp_path: Path) -> None:
+    async def body(world: World) -> None:
+        async def silent(node: ScriptedNode, offer: Offer) -> None:
+            node.send(Accept(offer.stream))
+
+        await world.join(node := ScriptedNode(silent, slots=60_000))
+        tasks = [asyncio.create_task(Reader().serve(world, work(name=f"w{n}"))) for n in range(STREAMS_OPEN_MAX + 3)]
+        await node.until(lambda: len(node.heard_of(Offer)) == STREAMS_OPEN_MAX)
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        assert all(isinstance(task.exception(), NodeFault) for task in done)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     play(tmp_path, body)

@@ -275,6 +275,8 @@ class _Run:
         self.excluded.add(record.node_id)
         self.node_ids.append(record.node_id)
         offered = self._clock()
+        if not node_link.can_open:
+            raise _Refused("link_full", "the node's link carries as many works as it can")
         stream = node_link.open(self._work, class_id)
         try:
             await self._accepted(stream)

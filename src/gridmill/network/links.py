@@ -16,6 +16,7 @@ from typing import Any
 
 from gridmill.network.accounts import Accounts
 from gridmill.network.registry import NodeRecord, Registry
+from gridmill.network.store import StoreUnusable
 from gridmill.network.text import TextError, TextService
 from gridmill.wire.classes import TEXT_FACTS_BYTES_MAX, TOKENIZER_BYTES_MAX, ClassId, parse_facts
 from gridmill.wire.codec import clip
@@ -111,6 +112,13 @@ class NodeStream:
             self._wake.set_result(None)
 
 
+class _Wanted:
+    """One Offers message, told apart from an equal one that came later."""
+
+    def __init__(self, offers: tuple[ClassOffer, ...]) -> None:
+        self.offers = offers
+
+
 class _Transfer:
     def __init__(self, bytes_max: int) -> None:
         self.bytes_max = bytes_max
@@ -129,8 +137,14 @@ class NodeLink:
         self._transfers: dict[int, _Transfer] = {}
         self._grants: dict[int, int] = {}
         self._granting = False
+        self._one_fetch = asyncio.Lock()
 
     # ------------------------------------------------------------ for dispatch
+
+    @property
+    def can_open(self) -> bool:
+        """Whether the link can carry one more work: a node may promise more places than a link has streams."""
+        return self._conversation.link.can_offer
 
     def open(self, work: Generate, class_id: ClassId) -> NodeStream:
         """Offers the work; the node answers on `stream.reply`."""
@@ -176,15 +190,23 @@ class NodeLink:
     # ------------------------------------------------------------ files
 
     async def fetch(self, sha256: str, bytes_max: int) -> bytes:
-        """A file by digest, checked. Raises LinkLost, TimeoutError, or ValueError when the node lied."""
-        number = self._conversation.link.next_transfer()
-        transfer = self._transfers[number] = _Transfer(bytes_max)
-        self._conversation.send(Fetch(number, sha256))
-        try:
-            async with asyncio.timeout(FETCH_TIMEOUT_SECONDS):
-                data = await transfer.done
-        finally:
-            self._transfers.pop(number, None)
+        """A file by digest, checked. Raises LinkLost, or ValueError when the node lied. One at a time on each link."""
+        async with self._one_fetch:
+            link = self._conversation.link
+            if not link.can_fetch:
+                raise LinkLost("the link is closing")
+            number = link.next_transfer()
+            transfer = self._transfers[number] = _Transfer(bytes_max)
+            self._conversation.send(Fetch(number, sha256))
+            try:
+                async with asyncio.timeout(FETCH_TIMEOUT_SECONDS):
+                    data = await transfer.done
+            except TimeoutError:
+                # A transfer cannot be withdrawn, and a node that does not hand out its files serves nobody.
+                self._conversation.close(Reason.STOPPING, f"a text file took over {FETCH_TIMEOUT_SECONDS:.0f} s")
+                raise LinkLost("the node did not send its text files in time") from None
+            finally:
+                self._transfers.pop(number, None)
         if hashlib.sha256(data).hexdigest() != sha256:
             raise ValueError(f"sent a file whose digest is not {sha256[:12]}…")
         return data
@@ -285,7 +307,8 @@ class Links:
         self._by_node: dict[NodeId, NodeLink] = {}
         self._all: set[NodeLink] = set()
         self._learning: dict[ClassId, asyncio.Lock] = {}
-        self._latest_offers: dict[NodeLink, tuple[ClassOffer, ...]] = {}
+        self._latest_offers: dict[NodeLink, _Wanted] = {}
+        self._considering: set[NodeLink] = set()
         self._idle_waiters: list[asyncio.Future[None]] = []
 
     async def idle(self) -> None:
@@ -354,22 +377,33 @@ class Links:
         )
 
     def consider(self, node_link: NodeLink, offers: tuple[ClassOffer, ...]) -> None:
-        """New offers: learn the classes that are not known yet, then serve them."""
-        self._latest_offers[node_link] = offers[:OFFERS_PER_NODE_MAX]
-        self._spawn(self._learn_and_serve(node_link, offers[:OFFERS_PER_NODE_MAX]))
+        """New offers: learn the classes that are not known yet, then serve them. One task per link, however many come."""
+        self._latest_offers[node_link] = _Wanted(offers[:OFFERS_PER_NODE_MAX])
+        if node_link not in self._considering:
+            self._considering.add(node_link)
+            self._spawn(self._consider_latest(node_link))
 
-    async def reconsider(self) -> None:
+    def reconsider(self) -> None:
         """The names changed: everybody's offers are looked at again."""
-        for node_link, offers in list(self._latest_offers.items()):
-            await self._learn_and_serve(node_link, offers)
+        for node_link, wanted in list(self._latest_offers.items()):
+            self.consider(node_link, wanted.offers)
 
-    async def _learn_and_serve(self, node_link: NodeLink, offers: tuple[ClassOffer, ...]) -> None:
+    async def _consider_latest(self, node_link: NodeLink) -> None:
+        done: _Wanted | None = None
+        try:
+            while (wanted := self._latest_offers.get(node_link)) is not None and wanted is not done:
+                await self._learn_and_serve(node_link, wanted)
+                done = wanted
+        finally:
+            self._considering.discard(node_link)
+
+    async def _learn_and_serve(self, node_link: NodeLink, wanted: _Wanted) -> None:
         record = node_link.record
         assert record is not None
         served: list[ClassOffer] = []
         held_back: list[ClassOffer] = []
         listings: list[Listing] = []
-        for offer in offers:
+        for offer in wanted.offers:
             if not self.registry.may_serve(offer, record.node_id):
                 held_back.append(offer)
                 listings.append(_not_served(offer, "its class waits for the operator: `gridmill classes approve`"))
@@ -384,7 +418,8 @@ class Links:
                     await self.registry.approve(offer.name, offer.model_class.class_id, by=record.node_id)
             except LinkLost:
                 return
-            except (ValueError, TimeoutError, TextError) as problem:
+            except (ValueError, RecursionError, TextError, OSError, StoreUnusable) as problem:
+                # The node's files, or our own disk: either way this offer alone is not served, and the log says why.
                 log.warning(
                     "an offer cannot be served",
                     extra={"node": record.node_id, "offer": offer.name, "reason": str(problem)[:300]},
@@ -393,7 +428,7 @@ class Links:
                 continue
             served.append(offer)
             listings.append(Listing(offer.name, offer.model_class.class_id, True))
-        if self._latest_offers.get(node_link) is not offers:
+        if self._latest_offers.get(node_link) is not wanted:
             return  # The node said something newer, or left, while its files were on the way.
         self.registry.hold_back(record, held_back)
         self.registry.offer(record, served)

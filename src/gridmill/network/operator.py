@@ -90,7 +90,7 @@ class Operations:
         except ValueError as problem:
             raise ControlError(str(problem)) from problem
         if self._links is not None:
-            await self._links.reconsider()
+            self._links.reconsider()
         return {"name": name, "class_id": full}
 
     async def classes_withdraw(self, name: str, class_id: str) -> dict[str, Any]:
