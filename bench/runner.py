@@ -1,4 +1,4 @@
-"""Tokens per second of the Runner at 1, 4 and 16 rows, greedy, against transformers `generate` one at a time, in one run.
+"""Tokens per second of the Runner at 1, 4 and 16 rows, greedy, against `generate` one at a time, in one run.
 
     python bench/runner.py                       # a 15 M-parameter random Llama in float32
     python bench/runner.py --model DIR --tokens 64 --exact
@@ -25,7 +25,14 @@ from gridmill.node.engines.native.runner import Row, Runner
 SIZES = {
     "4M": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6, "heads": 6, "kv": 2, "vocab": 4096},
     "15M": {"hidden_size": 320, "intermediate_size": 864, "num_hidden_layers": 8, "heads": 10, "kv": 5, "vocab": 8192},
-    "60M": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 12, "heads": 8, "kv": 4, "vocab": 16384},
+    "60M": {
+        "hidden_size": 512,
+        "intermediate_size": 1376,
+        "num_hidden_layers": 12,
+        "heads": 8,
+        "kv": 4,
+        "vocab": 16384,
+    },
 }
 
 
@@ -70,7 +77,9 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, object]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     runners = {"normal": Runner(folder, dtype="float32"), "exact": Runner(folder, exact=True)}
     prompts = [
-        torch.randint(3, model.config.vocab_size, (options.prompt,), generator=torch.Generator().manual_seed(row)).tolist()
+        torch.randint(
+            3, model.config.vocab_size, (options.prompt,), generator=torch.Generator().manual_seed(row)
+        ).tolist()
         for row in range(max(options.rows))
     ]
     generate_seconds = [float("inf")]
@@ -106,7 +115,12 @@ def generate(model: object, prompt: list[int], tokens: int) -> None:
     """Greedy, ended by nothing but the count, prompt included in the time, as in `decode`."""
     ids = torch.tensor([prompt])
     model.generate(  # type: ignore[attr-defined]
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens, pad_token_id=0
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        min_new_tokens=tokens,
+        max_new_tokens=tokens,
+        pad_token_id=0,
     )
 
 

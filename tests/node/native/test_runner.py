@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -10,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FAMILIES, save_tiny
+from tiny import FAMILIES, save_tiny, tiny_model
 
-from gridmill.node.engines.native.pool import Recipe
+from gridmill.node.engines.native.pool import ATTENTION, Recipe
 from gridmill.node.engines.native.runner import Row, Runner
+from gridmill.node.engines.native.slice import ModelUnsupported, load_slice, read_config
 
 QUICK = ("llama", "gemma3_text", "qwen3_moe", "deepseek_v3")
 ALL = [pytest.param(name, marks=() if name in QUICK else pytest.mark.soak) for name in FAMILIES]
@@ -190,13 +193,14 @@ LONG = {
 }
 
 
-@pytest.mark.parametrize("recipe", [Recipe.LEAN, Recipe.FIXED])
+@pytest.mark.parametrize("recipe", ["chosen", "fixed"])
 def test_exact_mode_holds_over_many_blocks_and_tiles(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Contexts longer than several attention blocks, chunks longer than the largest tile, matrices worth packing."""
     save_tiny(tmp_path, "llama", **LONG)
-    monkeypatch.setattr("gridmill.node.engines.native.runner.choose_recipe", lambda *_: recipe)
+    if recipe == "fixed":  # what a machine gets on which the lean recipe does not hold
+        monkeypatch.setattr("gridmill.node.engines.native.runner.choose_recipe", lambda *_: Recipe.FIXED)
     runner = Runner(tmp_path, kv_pages=200, exact=True)
     assert runner.exact_holds
     generator = random.Random(6)
@@ -218,3 +222,175 @@ def test_exact_mode_holds_over_many_blocks_and_tiles(
             moves = [(s, min(len(s.ids) - s.done, generator.choice((1, 3, 64, 130, 200)))) for s in open_sessions]
             advance(runner, moves)
         assert torch.equal(logits_of(one), logits_of(many))
+
+
+def test_what_other_sessions_left_in_memory_never_shows(folder_of: Any) -> None:
+    """A page is used again without being wiped, and NaN times zero is NaN."""
+    folder = folder_of("llama")[0]
+    for exact in (False, True):
+        clean, dirty = sessions(7), sessions(7)
+        together(Runner(folder, kv_pages=64, dtype="float32", exact=exact), clean, PROMPT_LENGTHS)
+        runner = Runner(folder, kv_pages=64, dtype="float32", exact=exact)
+        for tensor in (*runner._pool.keys, *runner._pool.values):
+            tensor.fill_(float("nan"))
+        together(runner, dirty, PROMPT_LENGTHS)
+        assert torch.equal(logits_of(clean), logits_of(dirty))
+
+
+def test_a_middle_chunk_asks_for_no_logits(folder_of: Any) -> None:
+    runner = Runner(folder_of("llama")[0], kv_pages=64)
+    one, two = sessions(8)[:2]
+    out = runner.forward([Row(0, one.pages, one.ids[:9]), Row(0, two.pages, two.ids[:17], logits=1)])
+    assert out.shape == (1, 512) and out.dtype is torch.float32
+    assert runner.forward([Row(9, one.pages, one.ids[9:12])]).shape == (0, 512)
+
+
+def test_half_precision_errs_no_more_than_plain_transformers_does(folder_of: Any) -> None:
+    folder, model = folder_of("llama")
+    precise = sessions(9)
+    together(Runner(folder, kv_pages=64), precise, PROMPT_LENGTHS)
+    for dtype in (torch.bfloat16, torch.float16):
+        runner = Runner(folder, kv_pages=64, dtype=str(dtype).removeprefix("torch."))
+        rough = sessions(9)
+        together(runner, rough, PROMPT_LENGTHS)
+        assert (
+            runner.arithmetic == str(dtype).removeprefix("torch.") and runner.kv_bytes_per_page == 16 * 2 * 6 * 2 * 32
+        )
+        plain = copy.deepcopy(model).to(dtype)
+        with torch.inference_mode():
+            expected = torch.cat([plain(input_ids=torch.tensor([session.ids])).logits[0].float() for session in rough])
+        error = (logits_of(rough) - logits_of(precise)).square().mean().sqrt()
+        allowed = (expected - logits_of(precise)).square().mean().sqrt()
+        assert 0 < error < 1.2 * allowed
+
+
+def test_memory_for_keys_and_values_is_counted_in_whole_pages(folder_of: Any) -> None:
+    folder = folder_of("llama")[0]
+    per_page = Runner(folder, kv_pages=1).kv_bytes_per_page
+    assert Runner(folder, kv_bytes=per_page * 7 + per_page // 2).pages == 7
+    with pytest.raises(ModelUnsupported, match="holds no page"):
+        Runner(folder, kv_bytes=per_page - 1)
+
+
+def test_dtype_auto_is_float32_for_a_small_model_on_a_cpu(tmp_path: Path) -> None:
+    tiny_model("llama").to(torch.bfloat16).save_pretrained(tmp_path)
+    assert Runner(tmp_path, kv_pages=4, device="cpu").dtype is torch.float32
+
+
+@pytest.mark.parametrize(
+    ("row", "match"),
+    [
+        (Row(0, [0], None, logits=1), "token ids"),
+        (Row(0, [0], [], logits=0), "0 new tokens"),
+        (Row(0, [0], [5], logits=2), "cannot give 2 logits"),
+        (Row(0, [0], [512], logits=1), "outside 0:512"),
+        (Row(0, [0], [-1], logits=1), "outside 0:512"),
+        (Row(16, [0], [5], logits=1), "does not cover"),
+        (Row(-1, [0], [5], logits=1), "does not cover"),
+        (Row(0, [64], [5], logits=1), "outside 0:64"),
+        (Row(0, [-1], [5], logits=1), "outside 0:64"),
+        (Row(20, [3, 70, 4], [5], logits=1), "outside 0:64"),
+    ],
+)
+def test_a_row_that_contradicts_itself_is_refused_by_name(row: Row, match: str, folder_of: Any) -> None:
+    runner = Runner(folder_of("llama")[0], kv_pages=64)
+    with pytest.raises(ValueError, match=match):
+        runner.forward([row])
+
+
+def test_a_later_stage_wants_hidden_states(folder_of: Any) -> None:
+    stage = Runner(folder_of("llama")[0], layers=(2, 4), kv_pages=4)
+    assert not stage.is_first and not stage.is_last and stage.num_layers_total == 6
+    with pytest.raises(ValueError, match="hidden states"):
+        stage.forward([Row(0, [0], [5])])
+    with pytest.raises(ValueError, match="hidden states"):
+        stage.forward([Row(0, [0], None, hidden=torch.zeros(3, 63))])
+    assert stage.forward([Row(0, [0], None, hidden=torch.zeros(3, 64))]).shape == (3, 64)
+
+
+def test_a_stage_holds_only_what_it_needs(folder_of: Any) -> None:
+    folder, model = folder_of("llama")
+    layer = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+    table = model.lm_head.weight.numel()
+    for layers, expected in (((2, 4), 2 * layer), ((0, 1), layer + table), ((5, 6), layer + table + 64)):
+        part = load_slice(folder, config=read_config(folder), layers=layers, dtype=torch.float32, attention=ATTENTION)
+        held = {id(p): p.numel() for m in (part.core, part.causal) for p in m.parameters()}
+        assert sum(held.values()) == expected, layers
+
+
+# ------------------------------------------------------------------ folders that cannot be served
+
+
+def broken(folder: Path, edit: Callable[[dict[str, Any]], Any]) -> Path:
+    """The config of a tiny Llama, edited."""
+    config = json.loads((folder / "config.json").read_text())
+    edit(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("edit", "match"),
+    [
+        (lambda c: c.update(model_type="no_such_model"), "transformers cannot read"),
+        (lambda c: c.update(model_type="no_such_model", auto_map={"AutoConfig": "x.Y"}), "runs code of its own"),
+        (lambda c: c.update(model_type="t5"), "encoder-decoder|not a causal|transformers cannot read"),
+        (lambda c: c.update(model_type="bert"), "keeps its layers|cannot build|no core|lacks|run token by token"),
+        (lambda c: c.update(num_hidden_layers=7), "lacks model.layers.6"),
+        (lambda c: c.update(num_hidden_layers=0), "num_hidden_layers"),
+        (lambda c: c.update(num_hidden_layers=1 << 30), "num_hidden_layers"),
+        (lambda c: c.update(hidden_size="64"), "hidden_size|cannot read"),
+        (lambda c: c.update(hidden_size=128), "another shape|cannot build|lacks"),
+        (lambda c: c.update(vocab_size=513), "another shape|cannot build|lacks"),
+        (lambda c: c.update(rms_norm_eps=float("nan")), "NaN or infinity|cannot"),
+        (lambda c: c.update(quantization_config={"quant_method": "gptq"}), "quantised"),
+    ],
+)
+def test_a_folder_that_cannot_be_served_is_one_sentence(edit: Any, match: str, tmp_path: Path) -> None:
+    save_tiny(tmp_path, "llama")
+    with pytest.raises(ModelUnsupported, match=match) as caught:
+        Runner(broken(tmp_path, edit), kv_pages=4)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelUnsupported, match=r"no config\.json"):
+        Runner(tmp_path)
+    save_tiny(tmp_path, "llama")
+    shard = sorted(tmp_path.glob("*.safetensors"))[2]
+    whole = shard.read_bytes()
+    for damage in (whole[:-100], b"\xff" * 200, b""):
+        shard.write_bytes(damage)
+        with pytest.raises(ModelUnsupported, match=shard.name):
+            Runner(tmp_path, kv_pages=4)
+    shard.unlink()
+    with pytest.raises(ModelUnsupported, match="missing: download"):
+        Runner(tmp_path, kv_pages=4)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": "../elsewhere.safetensors"}}))
+    with pytest.raises(ModelUnsupported, match="elsewhere"):
+        Runner(tmp_path, kv_pages=4)
+    index.write_text('{"weight_map": [1, 2]}')
+    with pytest.raises(ModelUnsupported, match="cannot be read"):
+        Runner(tmp_path, kv_pages=4)
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ModelUnsupported, match=r"config\.json"):
+        Runner(tmp_path, kv_pages=4)
+
+
+def test_damaged_weights_show_at_load(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[3].mlp.up_proj.weight[5, 5] = float("nan")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ModelUnsupported, match="NaN or infinity"):
+        Runner(tmp_path, kv_pages=4)
+
+
+def test_exact_mode_refuses_what_it_cannot_keep(folder_of: Any) -> None:
+    folder = folder_of("llama")[0]
+    with pytest.raises(ModelUnsupported, match="exact mode computes in float32"):
+        Runner(folder, exact=True, dtype="bfloat16")
+    with pytest.raises(ValueError, match="multiple of 16"):
+        Runner(folder, exact=True, page_tokens=8, kv_pages=4)
+    assert Runner(folder, page_tokens=8, kv_pages=4).pages == 4

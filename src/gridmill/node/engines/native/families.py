@@ -118,6 +118,9 @@ def twin_config(config: Any) -> Any:
         for name in ("short_factor", "long_factor"):
             if isinstance(rope.get(name), list):
                 rope[name] = rope[name][:half]
+                # The twin's sequences count as long ones, whose frequencies are what we serve with.
+                rope["original_max_position_embeddings"] = 4
+                small.original_max_position_embeddings = 4
     return small
 
 

@@ -174,10 +174,29 @@ def build_slice(
         raise ModelUnsupported(f"{config.model_type} has no core beside its head: it cannot be served.")
     _layers_of(core)
     causal.eval().requires_grad_(False)
+    freeze_rotation(core, getattr(cut, "max_position_embeddings", None) or 1)
     for name, child in causal.named_children():
         if child is core:
             causal._modules[name] = Stub()
     return Slice(causal=causal, core=core, config=cut, layers=layers, num_layers_total=total)
+
+
+def freeze_rotation(core: Any, context_tokens: int) -> None:
+    """Fixes rotations that would change with the longest sequence in a batch to those of the full context.
+
+    Longrope has one set of frequencies for short sequences and one for long ones; transformers switches when any row
+    of a batch grows long, which makes a row depend on its company. Like vLLM we take the set of the whole context.
+    """
+    for module in core.modules():
+        kinds = getattr(module, "rope_type", None)
+        if kinds == "longrope":
+            module(torch.zeros(1), torch.tensor([[context_tokens - 1]]))  # its own update, at the last position
+            module.rope_type = "longrope-frozen"
+        elif isinstance(kinds, dict):
+            for layer_type, kind in list(kinds.items()):
+                if kind == "longrope":
+                    module(torch.zeros(1), torch.tensor([[context_tokens - 1]]), layer_type)
+                    kinds[layer_type] = "longrope-frozen"
 
 
 def _model_class(config: Any, trust_remote_code: bool, code_folder: Path | None) -> Any:
