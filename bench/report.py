@@ -115,8 +115,8 @@ def sampler() -> Iterator[str]:
     yield "|---|---|---|---|---|---|"
     for row in result["results"]:
         yield (
-            f"| {row['vocab_size']:,} | {row['logits']} | {row['mode']} | {row['rows']} | "
-            f"{row['ours_ms_per_row']:.2f} | {row['reference_ms_per_row']:.2f} |"
+            f"| {row['vocabulary']:,} | {row['logits']} | {row['mode']} | {row['rows']} | "
+            f"{row['ours_ms_per_row']:.2f} | {row['torch_multinomial_ms_per_row']:.2f} |"
         )
     yield ""
 

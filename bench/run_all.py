@@ -1,4 +1,4 @@
-"""`make bench`: every published figure, with its reference from the same run; then docs/benchmarks.md from the raw files.
+"""`make bench`: every published figure, with its reference from the same run; then docs/benchmarks.md.
 
 Installs the peers (LiteLLM, Starlette) into an environment of their own, `.bench-venv`, the first time.
 """

@@ -377,7 +377,7 @@ class Links:
         )
 
     def consider(self, node_link: NodeLink, offers: tuple[ClassOffer, ...]) -> None:
-        """New offers: learn the classes that are not known yet, then serve them. One task per link, however many come."""
+        """New offers: learn classes that are not known yet, then serve them. One task per link, however many come."""
         self._latest_offers[node_link] = _Wanted(offers[:OFFERS_PER_NODE_MAX])
         if node_link not in self._considering:
             self._considering.add(node_link)
