@@ -67,8 +67,10 @@ def build_parser() -> argparse.ArgumentParser:
         "Starts a network and one node together, with nothing to configure; prints the URL, a key and a curl line.\n"
         "Without --model it serves gridmill/demo, a toy that ships inside the package.",
     )
-    _add_settings(up, NetworkSettings)
-    _add_settings(up, NodeSettings, leave_out=field_names(NetworkSettings) | {"network", "exit_with_parent"})
+    # The node of `up` is on this machine and known to its network: it needs no token, and its link no TLS.
+    _add_settings(up, NetworkSettings, leave_out={"tls_certificate", "tls_key"})
+    only_node = {"network", "exit_with_parent", "join_token", "network_key", "ca_file", "insecure"}
+    _add_settings(up, NodeSettings, leave_out=field_names(NetworkSettings) | only_node)
 
     network = _command(
         commands,
@@ -155,6 +157,8 @@ def _up(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
     node_flags["log_level"] = settings.log_level
     # Checked here, so that a misspelt setting is one sentence instead of a child that dies.
     load_node_settings({**node_flags, "network": "http://127.0.0.1"}, environ, _known())
+    if settings.tls_certificate is not None:
+        raise SettingsError("`gridmill up` does not end TLS: start `gridmill network` and `gridmill node` instead")
     _start_log(settings.log_level, as_json=settings.json)
 
     def ready(facts: dict[str, Any]) -> None:
@@ -448,7 +452,7 @@ def _add_settings(parser: argparse.ArgumentParser, cls: Any, leave_out: typing.C
         hint, default = hints[field.name], field.default
         options: dict[str, Any] = {"default": None, "help": _help(field.metadata.get("help", ""), default)}
         inner = [part for part in typing.get_args(hint) if part is not type(None)]
-        if isinstance(hint, types.UnionType) and len(inner) == 1:
+        if typing.get_origin(hint) in (typing.Union, types.UnionType) and len(inner) == 1:
             hint = inner[0]
         if hint is bool:
             options["action"] = "store_true" if default is False else argparse.BooleanOptionalAction

@@ -57,7 +57,7 @@ async def run_up(
         async def supervise() -> None:
             try:
                 await child.keep_running(
-                    facts["base_url"],
+                    operations.local_url,
                     lambda node: ready(
                         {**facts, "api_key": api_key, "model": node["model"], "node_id": node["node_id"]}
                     ),
@@ -95,11 +95,11 @@ class _Child:
     def __init__(self, arguments: Sequence[str]) -> None:
         self._arguments = arguments
 
-    async def keep_running(self, base_url: str, ready: Callable[[dict[str, Any]], None]) -> None:
+    async def keep_running(self, local_url: str, ready: Callable[[dict[str, Any]], None]) -> None:
         was_ready = False
         pause = 0.5
         while True:
-            async with _started(base_url, self._arguments) as process:
+            async with _started(local_url, self._arguments) as process:
                 assert process.stdout is not None
                 line = await process.stdout.readline()
                 if line:
@@ -118,14 +118,15 @@ class _Child:
 
 
 @contextlib.asynccontextmanager
-async def _started(base_url: str, arguments: Sequence[str]) -> AsyncIterator[asyncio.subprocess.Process]:
+async def _started(local_url: str, arguments: Sequence[str]) -> AsyncIterator[asyncio.subprocess.Process]:
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
         "gridmill",
         "node",
         "--network",
-        base_url,
+        local_url,
+        "--insecure",  # from this machine to itself, whichever of its addresses the network listens on
         "--json",
         "--exit-with-parent",
         *arguments,

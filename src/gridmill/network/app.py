@@ -87,6 +87,7 @@ async def _serve(
             texts=texts,
             text_folder=settings.data / "text",
             invite_only=settings.invite_only,
+            own_nodes=own_nodes,
             spawn=lambda work: void(tasks.create_task(work)),
         )
         metrics = Metrics(links=lambda: links.count, works=lambda: links.works)
@@ -116,7 +117,14 @@ async def _serve(
             software=f"gridmill/{__version__}",
             heartbeat_seconds=settings.heartbeat_seconds,
         )
-        operations = Operations(accounts, registry, links=links, dispatcher=dispatcher, base_url=base_url)
+        operations = Operations(
+            accounts,
+            registry,
+            links=links,
+            dispatcher=dispatcher,
+            base_url=base_url,
+            local_url=_local_url(settings, listener),
+        )
         control = ControlServer(settings.data, operations.commands())
         server = _Server(
             uvicorn.Config(
@@ -237,6 +245,11 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
 def _base_url(settings: NetworkSettings, listener: socket.socket) -> str:
     if settings.public_url:
         return settings.public_url.rstrip("/").removesuffix("/v1") + "/v1"
+    return _local_url(settings, listener)
+
+
+def _local_url(settings: NetworkSettings, listener: socket.socket) -> str:
+    """How a program on this machine reaches the network."""
     port = listener.getsockname()[1]
     host = settings.host if settings.host not in ("0.0.0.0", "::") else "127.0.0.1"
     shown = f"[{host}]" if ":" in host and not host.startswith("[") else host

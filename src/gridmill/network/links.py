@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +296,7 @@ class Links:
         texts: TextService,
         text_folder: Path,
         invite_only: bool,
+        own_nodes: Collection[NodeId] = (),
         spawn: Callable[[Coroutine[Any, Any, None]], None],
     ) -> None:
         self.registry = registry
@@ -303,6 +304,7 @@ class Links:
         self._texts = texts
         self._text_folder = text_folder
         self._invite_only = invite_only
+        self._own_nodes = frozenset(own_nodes)
         self._spawn = spawn
         self._by_node: dict[NodeId, NodeLink] = {}
         self._all: set[NodeLink] = set()
@@ -339,7 +341,7 @@ class Links:
 
     def judge(self, node_link: NodeLink, proven: Proven) -> None:
         """A node has proven its key. May it join?"""
-        if self._invite_only:
+        if self._invite_only and proven.node_id not in self._own_nodes:
             account = self._accounts.authenticate(proven.join_token)
             if account is None or "node" not in account.scopes:
                 node_link.conversation.refuse(

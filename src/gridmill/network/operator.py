@@ -31,6 +31,7 @@ class Operations:
         links: Links | None = None,
         dispatcher: Dispatcher | None = None,
         base_url: str = "",
+        local_url: str = "",
         now: Any = time.time,
     ) -> None:
         self._accounts = accounts
@@ -38,6 +39,7 @@ class Operations:
         self._links = links
         self._dispatcher = dispatcher
         self._base_url = base_url
+        self.local_url = local_url
         self._now = now
 
     def commands(self) -> dict[str, Command]:
