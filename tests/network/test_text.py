@@ -27,7 +27,16 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
 from gridmill.network.text import TextBreach, TextError, TextService
-from gridmill.network.text_messages import EncodeChat, Load, request_frame
+from gridmill.network.text_messages import (
+    REPLY_HEADER,
+    EncodeChat,
+    Ids,
+    Load,
+    Loaded,
+    Problem,
+    reply_frame,
+    request_frame,
+)
 from gridmill.network.text_process import _environment
 from gridmill.network.text_worker import ChatTemplate, Refused
 from gridmill.wire.classes import TOKENIZER_BYTES_MAX, TextFacts, facts_bytes
@@ -419,6 +428,34 @@ def test_a_prompt_with_an_id_beyond_the_embedding_is_refused(tmp_path: Path) -> 
             assert await service.encode("beyond", "within")
             error = await failure(service.encode("beyond", "a <beyond> b"))
             assert (error.code, error.fault) == ("id_outside_vocabulary", "caller")
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        reply_frame(Ids(b"abc")),  # no whole number of ids
+        reply_frame(Ids(b"\xff" * 8)),  # ids outside the vocabulary
+        reply_frame(Loaded()),  # the answer to another question
+        reply_frame(Problem("made_up", "x" * 10_000)),
+        REPLY_HEADER.pack(3) + b"\xc1\xc1\xc1",
+        REPLY_HEADER.pack(2**31),
+        reply_frame(Ids(b"")) * 2,
+    ],
+)
+def test_an_answer_that_no_honest_worker_gives_is_a_named_error(answer: bytes, tmp_path: Path) -> None:
+    """A template that broke out of every cage would own its worker's pipe, and nothing else."""
+
+    async def body() -> None:
+        async with served(tmp_path, template=FOREVER) as service:
+            call = asyncio.create_task(service.encode_chat("model", HELLO))
+            await worker_in_a_call(service)
+            (worker,) = service._workers
+            worker.pipe_data_received(1, answer)
+            error = await failure(call)
+            assert error.code in ("tokenizer_invalid", "id_outside_vocabulary", "made_up", "text_crash")
+            assert len(error.detail) <= 500
 
     asyncio.run(body())
 

@@ -163,7 +163,8 @@ class TextService:
     async def register(self, class_id: str, tokenizer_path: Path, facts: TextFacts) -> ClassText:
         """Loads a class in every worker and returns what each of its ids prints. Raises TextError on nonsense files.
 
-        The file stays where it is: a worker that starts later reads it again.
+        The file stays where it is: a worker that starts later reads it again. A class id names its content, so that
+        registering one again changes nothing.
         """
         record = _Class(class_id, tokenizer_path, facts, facts_bytes(facts), self._conduct_of(class_id))
         reply = await self._run(record, 0, lambda worker: self._load(worker, record, describe=True))
@@ -221,11 +222,7 @@ class TextService:
                 "prompt_too_long", f"the prompt has {len(body)} bytes; this model takes {record.prompt_bytes_max}"
             )
         reply = await self._run(record, len(body), lambda worker: self._ask(worker, record, body))
-        ids = array("I")
-        ids.frombytes(reply.packed)
-        if sys.byteorder == "big":
-            ids.byteswap()
-        return ids.tolist()
+        return _ids_of(reply, record.facts.vocab_size)
 
     async def _run(self, record: _Class, prompt_bytes: int, job: Callable[[TextProcess], Awaitable[_T]]) -> _T:
         """Leases a worker for the job and settles what its death means.
@@ -277,12 +274,17 @@ class TextService:
         return reply
 
     async def _warm(self, record: _Class, worker: TextProcess) -> None:
+        """A kindness to the first caller; where it cannot be done now, that caller's call loads the class."""
         if record.class_id in worker.loaded or worker not in self._workers:
             return
         try:
             await self._lease(record, worker)
         except ProcessDied:
-            return  # its successor loads the class when it is first asked
+            return  # its successor has nothing loaded either
+        except TextError as error:
+            if error.code == "text_busy":
+                return
+            raise
         try:
             _expect(await self._load(worker, record), Loaded)
         except ProcessDied:
@@ -516,6 +518,19 @@ def _expect(reply: Reply, kind: type[_Expected]) -> _Expected:
     if not isinstance(reply, kind):
         raise TextError("tokenizer_invalid", "the worker answered another question")
     return reply
+
+
+def _ids_of(reply: Ids, vocab_size: int) -> list[int]:
+    ids = array("I")
+    try:
+        ids.frombytes(reply.packed)
+    except ValueError as error:
+        raise TextError("tokenizer_invalid", "the worker answered with a broken list of ids") from error
+    if sys.byteorder == "big":
+        ids.byteswap()
+    if ids and max(ids) >= vocab_size:
+        raise TextError("id_outside_vocabulary", "the text holds a token that this model has no embedding for")
+    return ids.tolist()
 
 
 def _bounded(sentence: str) -> str:

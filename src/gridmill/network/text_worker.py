@@ -160,8 +160,6 @@ class LoadedClass:
             raise
         except Exception as error:  # as above; also lone surrogates, which a template can write
             raise Refused("encode_failed", f"the tokenizer cannot encode this text: {error}") from error
-        if ids and max(ids) >= self.facts.vocab_size:
-            raise Refused("id_outside_vocabulary", "the text holds a token that this model has no embedding for")
         packed = array("I", ids)
         if sys.byteorder == "big":
             packed.byteswap()
