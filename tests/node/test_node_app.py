@@ -414,3 +414,23 @@ def test_the_program_prints_one_json_line_and_ends_with_its_parent_or_a_signal(t
             assert network.closed[0].reason is Reason.DRAINED
 
     run(body)
+
+
+def test_where_exact_mode_does_not_hold_the_demo_is_served_as_another_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from gridmill.node.engines.native.runner import Runner
+
+    never = property(lambda runner: False, lambda runner, found: None)
+    monkeypatch.setattr(Runner, "exact_holds", never, raising=False)
+
+    async def body() -> None:
+        async with Network().listening() as network:
+            node = Node(tmp_path, f"http://127.0.0.1:{network.port}", engine="native", model="gridmill/demo")
+            await asyncio.wait_for(node.ready, 120)
+            (offer,) = network.of(Offers)[0].offers
+            assert offer.model_class.arithmetic == "float32"
+            assert await node.stopped() == 0
+
+    run(body)
+    assert "exact mode does not hold" in caplog.text

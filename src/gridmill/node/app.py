@@ -24,10 +24,10 @@ from gridmill import __version__
 from gridmill.node.agent import agent_on
 from gridmill.node.engines.base import Engine
 from gridmill.node.engines.echo import EchoEngine
-from gridmill.node.hardware import DeviceError, pick_device
+from gridmill.node.hardware import Device, DeviceError, pick_device
 from gridmill.node.hub import write_whole
-from gridmill.node.loading import load_native_engine
-from gridmill.node.models import ModelError, resolve
+from gridmill.node.loading import ExactRefused, load_native_engine
+from gridmill.node.models import LocalModel, ModelError, resolve
 from gridmill.node.progress import ProgressBar
 from gridmill.node.settings import NodeSettings
 from gridmill.wire.identity import Identity, IdentityError, certify, node_id_of
@@ -91,44 +91,14 @@ async def _engine(settings: NodeSettings) -> Engine:
     progress = ProgressBar(bar=False if settings.json else None)
     pick = functools.cache(lambda: pick_device(settings.device))
     try:
-        local = await resolve(
-            settings.model,
-            data=settings.data,
-            engine=settings.engine_kind,
-            name=settings.name,
-            revision=settings.revision,
-            dtype=settings.dtype,
-            exact=settings.exact,
-            device=lambda: pick().kind,
-            context_tokens=settings.context_tokens,
-            trust_remote_code=settings.trust_remote_code,
-            hub_url=settings.hub_url,
-            hub_token=settings.hub_token,
-            progress=progress,
-        )
-        for note in local.notes:
-            log.warning("%s", note)
-        if settings.engine_kind == "echo":
-            engine: Engine = EchoEngine(
-                local.served,
-                slots=settings.slots,
-                tokens_per_second=settings.echo_tokens_per_second,
-                first_token_delay_seconds=settings.echo_delay_seconds,
-                ids_per_step=settings.echo_ids_per_step,
-            )
-        else:
-            engine = await _in_thread(
-                lambda: load_native_engine(
-                    local,
-                    pick(),
-                    data=settings.data,
-                    slots=settings.slots,
-                    kv_bytes=settings.kv_memory,
-                    threads=settings.threads,
-                    trust_remote_code=settings.trust_remote_code,
-                    progress=progress.fraction,
-                )
-            )
+        try:
+            local, engine = await _loaded(settings, settings.exact, pick, progress)
+        except ExactRefused as refusal:
+            if settings.exact:
+                raise
+            # Nobody asked for it: it was only this model's default.
+            log.warning("%s", refusal)
+            local, engine = await _loaded(settings, False, pick, progress)
     except (ModelError, DeviceError) as problem:
         raise _CannotRun(EXIT_MODEL, str(problem)) from problem
     finally:
@@ -141,6 +111,48 @@ async def _engine(settings: NodeSettings) -> Engine:
         extra={"class": local.model_class.class_id[:8], "arithmetic": local.model_class.arithmetic},
     )
     return engine
+
+
+async def _loaded(
+    settings: NodeSettings, exact: bool | None, pick: Callable[[], Device], progress: ProgressBar
+) -> tuple[LocalModel, Engine]:
+    local = await resolve(
+        settings.model,
+        data=settings.data,
+        engine=settings.engine_kind,
+        name=settings.name,
+        revision=settings.revision,
+        dtype=settings.dtype,
+        exact=exact,
+        device=lambda: pick().kind,
+        context_tokens=settings.context_tokens,
+        trust_remote_code=settings.trust_remote_code,
+        hub_url=settings.hub_url,
+        hub_token=settings.hub_token,
+        progress=progress,
+    )
+    for note in local.notes:
+        log.warning("%s", note)
+    if settings.engine_kind == "echo":
+        return local, EchoEngine(
+            local.served,
+            slots=settings.slots,
+            tokens_per_second=settings.echo_tokens_per_second,
+            first_token_delay_seconds=settings.echo_delay_seconds,
+            ids_per_step=settings.echo_ids_per_step,
+        )
+    return local, await _in_thread(
+        lambda: load_native_engine(
+            local,
+            pick(),
+            data=settings.data,
+            slots=settings.slots,
+            kv_bytes=settings.kv_memory,
+            threads=settings.threads,
+            trust_remote_code=settings.trust_remote_code,
+            progress=progress.fraction,
+        )
+    )
 
 
 async def _in_thread(work: Callable[[], T]) -> T:

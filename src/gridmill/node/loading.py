@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("gridmill.node")
 
+
+class ExactRefused(ModelError):
+    """Exact mode was wanted and does not hold here."""
+
+
 FINDINGS_KEPT_MAX = 100  # a person who tries more models than this repeats a test of a few seconds
 
 
@@ -44,7 +49,7 @@ def load_native_engine(
     """Blocks for seconds to minutes: call it from a thread. Raises ModelError."""
     import torch
 
-    from gridmill.node.engines.native.engine import load_native
+    from gridmill.node.engines.native.engine import ExactNotHeld, load_native
 
     # One core stays free for the event loop: threads that wait for each other at every layer stand still together.
     cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
@@ -66,6 +71,8 @@ def load_native_engine(
             findings=findings,
             progress=progress,
         )
+    except ExactNotHeld as error:
+        raise ExactRefused(f"{local.name}: {error}; --no-exact serves it as another class") from error
     except (OSError, ValueError, RuntimeError, MemoryError, ImportError) as error:
         # ValueError is what slice.ModelUnsupported is; RuntimeError is what torch raises when memory runs out.
         log.debug("loading failed", exc_info=True)

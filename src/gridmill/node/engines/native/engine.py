@@ -58,6 +58,10 @@ class _Stream:
     wake: asyncio.Future[None] | None = None
 
 
+class ExactNotHeld(ModelUnsupported):
+    """This machine cannot keep the promise of an exact class; without exact mode the model can be served."""
+
+
 class NativeEngine:
     """An Engine (base.py) over a Runner of the whole model. Starts its compute thread at once; `close` ends it."""
 
@@ -328,7 +332,9 @@ def load_native(
         progress=progress,
     )
     if exact and not (findings.exact and runner.exact_holds):
-        notes.append("Exact mode does not hold on this machine: ids may differ from another node's at near-ties.")
+        # The class would promise what this machine does not keep.
+        runner.close()
+        raise ExactNotHeld("exact mode does not hold on this machine: batched and alone differ in their last bits")
     if runner.pages * runner.page_tokens < facts.context_tokens:
         room = runner.pages * runner.page_tokens
         notes.append(f"The KV memory holds {room} tokens, less than the context of {facts.context_tokens}.")
