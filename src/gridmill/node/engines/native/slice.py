@@ -26,6 +26,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging as transformers_logging
 
 LAYER_NUMBER = re.compile(r"(^|\.)(layers)\.(\d+)\.")
+LAYERS_MAX = 1024  # the deepest public decoders have 126; each costs time before any weight is read
+CONFIG_BYTES_MAX = 1 << 20  # real ones stay under 50 kB, per-layer lists included
 INDEX_BYTES_MAX = 64 << 20  # the index of the largest public checkpoint (671 B parameters) is 9 MB
 
 Progress = Callable[[str, float], None]
@@ -70,17 +72,26 @@ class Stub(nn.Module):  # type: ignore[misc]
 
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The model's config with text decoders unwrapped. Raises ModelUnsupported."""
+    """The model's config. Raises ModelUnsupported for anything but a plain text decoder."""
     path = folder / "config.json"
     if not path.is_file():
         raise ModelUnsupported(f"{folder} holds no config.json: give the folder of a Hugging Face model.")
+    if path.stat().st_size > CONFIG_BYTES_MAX:
+        raise ModelUnsupported(f"config.json is over {CONFIG_BYTES_MAX} bytes: this is no model.")
     try:
         raw = json.loads(path.read_bytes())
         if not isinstance(raw, dict):
             raise TypeError("it is not an object")
     except (ValueError, TypeError, RecursionError) as error:
         raise ModelUnsupported(f"config.json is not valid JSON ({error}): download the model again.") from error
-    if "auto_map" in raw and not trust_remote_code and raw.get("model_type") not in transformers.CONFIG_MAPPING:
+    kind = raw.get("model_type")
+    known = isinstance(kind, str) and kind in transformers.CONFIG_MAPPING
+    if not known and "auto_map" not in raw:
+        raise ModelUnsupported(
+            f"transformers {transformers.__version__} does not know model type {str(kind)[:60]!r}: serve it with "
+            "another engine, or upgrade transformers."
+        )
+    if not known and not trust_remote_code:
         raise ModelUnsupported(
             "this model runs code of its own, which is off: allow remote code for it, or choose a model type that "
             "transformers knows."
@@ -104,7 +115,8 @@ def check_config(config: Any) -> None:
         raise ModelUnsupported(f"{config.model_type} is not a causal language model known to transformers.")
     for name in ("num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads"):
         value = getattr(config, name, None)
-        if not isinstance(value, int) or not 0 < value < 1 << 24:
+        most = LAYERS_MAX if name == "num_hidden_layers" else 1 << 24
+        if not isinstance(value, int) or not 0 < value <= most:
             raise ModelUnsupported(f"config.json gives {name} = {value!r}: a text decoder needs a positive integer.")
 
 
@@ -119,7 +131,14 @@ def load_slice(
     progress: Progress | None = None,
 ) -> Slice:
     """Loads layers [first, stop) from a folder with *.safetensors, reading only the tensors they need."""
-    tensors = dict(_read_tensors(folder, layers, config, progress))
+    files = checkpoint_files(folder)
+    numbers = {int(match[3]) for match in map(LAYER_NUMBER.search, files) if match is not None}
+    if numbers and config.num_hidden_layers > len(numbers):
+        raise ModelUnsupported(
+            f"config.json describes {config.num_hidden_layers} layers and the files hold {len(numbers)}: they do not "
+            "belong together."
+        )
+    tensors = dict(_read_tensors(folder, files, layers, config, progress))
     return build_slice(
         config,
         tensors,
@@ -150,13 +169,15 @@ def build_slice(
     cut.tie_word_embeddings = bool(config.tie_word_embeddings and layers[1] == total)
     with quiet():
         try:
-            base = _model_class(cut, trust_remote_code, code_folder)
-            causal, info = _cut_class(base, layers, total).from_pretrained(
+            wanted = _cut_class(_model_class(cut, trust_remote_code, code_folder), layers, total)
+            _check_size(wanted, cut, tensors)
+            causal, info = wanted.from_pretrained(
                 None,
                 config=cut,
                 state_dict=tensors,
                 dtype=dtype,
                 attn_implementation=attention,
+                ignore_mismatched_sizes=True,  # they are reported below, in our words
                 output_loading_info=True,
             )
         except ModelUnsupported:
@@ -179,6 +200,21 @@ def build_slice(
         if child is core:
             causal._modules[name] = Stub()
     return Slice(causal=causal, core=core, config=cut, layers=layers, num_layers_total=total)
+
+
+def _check_size(wanted: Any, config: Any, tensors: dict[str, torch.Tensor]) -> None:
+    """Raises ModelUnsupported for a config that describes a far larger model than the files hold.
+
+    What a checkpoint lacks transformers would allocate, and a hostile config could ask for more than there is.
+    """
+    with torch.device("meta"):
+        empty = wanted(copy.deepcopy(config))
+    described = sum(parameter.numel() for parameter in empty.parameters())
+    held = sum(tensor.numel() for tensor in tensors.values())
+    if described > held * 1.5 + 1_000_000:
+        raise ModelUnsupported(
+            f"config.json describes {described:,} parameters and the files hold {held:,}: they do not belong together."
+        )
 
 
 def freeze_rotation(core: Any, context_tokens: int) -> None:
@@ -282,12 +318,12 @@ def checkpoint_files(folder: Path) -> dict[str, str]:
 
 
 def _read_tensors(
-    folder: Path, layers: tuple[int, int], config: Any, progress: Progress | None
+    folder: Path, files: dict[str, str], layers: tuple[int, int], config: Any, progress: Progress | None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     first, stop = layers
     total = config.num_hidden_layers
     by_file: dict[str, list[tuple[str, str]]] = {}
-    for name, file_name in checkpoint_files(folder).items():
+    for name, file_name in files.items():
         wanted = _renumbered(name, first, stop, total, tied=bool(config.tie_word_embeddings))
         if wanted is not None:
             by_file.setdefault(file_name, []).append((name, wanted))
