@@ -295,5 +295,40 @@ def test_metrics_count_what_happened(here: Place) -> None:
     shown = urllib.request.urlopen(f"{root}/metrics").read().decode()
     assert "gridmill_tokens_delivered_total 37.0" in shown and "gridmill_links 1.0" in shown
     assert 'endpoint="' in shown and "gridmill_ttft_seconds_count 1.0" in shown
-    assert urllib.request.urlopen(f"{root}/healthz").status == 200
+    health = urllib.request.urlopen(f"{root}/healthz")
+    assert health.status == 200 and health.headers["x-gridmill-request-id"]
 
+
+# ---------------------------------------------------------------- TLS
+
+
+def test_with_a_certificate_of_its_own_authority_node_and_user_speak_tls(here: Place) -> None:
+    authority, certificate, key = (here.folder / name for name in ("ca.pem", "server.pem", "server.key"))
+    make_certificates(here.folder)
+    network = here.network("--tls-certificate", str(certificate), "--tls-key", str(key))
+    base_url = network.facts["base_url"]
+    assert base_url.startswith("https://")
+    refused = run("node", "--network", base_url, "--engine", "echo", "--data", here.folder / "stranger")
+    assert refused.returncode == 3 and "--ca-file" in refused.stderr
+    here.node(network, "--engine", "echo", "--ca-file", str(authority))
+    api_key = here.key()
+    asked = ("chat", "hello", "--base-url", base_url, "--max-tokens", "3", "--json", "--data", here.folder)
+    answer = json.loads(gridmill(*asked, "--ca-file", authority, GRIDMILL_API_KEY=api_key))
+    assert answer["completion_tokens"] == 3
+    untrusting = run(*asked, GRIDMILL_API_KEY=api_key)
+    assert untrusting.returncode == 3 and "certificate" in untrusting.stderr
+
+
+def make_certificates(folder: Path) -> None:
+    """An authority and a server certificate for 127.0.0.1, by the openssl that every system has."""
+    import subprocess
+
+    def openssl(*arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
+
+    subject = ("-nodes", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-days", "2")
+    (folder / "names.cnf").write_text("subjectAltName=IP:127.0.0.1,DNS:localhost\n")
+    openssl("req", "-x509", *subject, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=test authority")
+    openssl("req", *subject[:-2], "-keyout", "server.key", "-out", "server.csr", "-subj", "/CN=127.0.0.1")
+    signing = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-extfile", "names.cnf", "-days", "2")
+    openssl("x509", "-req", "-in", "server.csr", *signing, "-out", "server.pem")

@@ -182,9 +182,10 @@ class Door:
             case "http", str(path) if path.startswith("/v1/models/"):
                 await self._gateway.model(scope, receive, send)
             case "http", "/healthz":
-                await send_bytes(send, 200, b'{"status":"ok"}\n', b"application/json")
+                await send_bytes(send, 200, b'{"status":"ok"}\n', b"application/json", _request_id())
             case "http", "/metrics":
-                await send_bytes(send, 200, self._metrics.exposition(), self._metrics.content_type.encode())
+                body, kind = self._metrics.exposition(), self._metrics.content_type.encode()
+                await send_bytes(send, 200, body, kind, _request_id())
             case "websocket", "/link":
                 await serve_asgi_websocket(scope, receive, send, self._make_link, self._links.converse)
             case "websocket", _:
@@ -195,6 +196,10 @@ class Door:
 
     def _make_link(self) -> Link:
         return Link(self._side, entropy=secrets.token_bytes, now=time.monotonic())
+
+
+def _request_id() -> list[tuple[bytes, bytes]]:
+    return [(b"x-gridmill-request-id", f"req-{secrets.token_hex(12)}".encode())]
 
 
 class _Server(uvicorn.Server):
