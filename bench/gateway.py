@@ -203,7 +203,8 @@ def all_targets(peers: Path | None, folder: Path) -> Iterator[list[Target]]:
         targets = [Target("mock upstream, asked directly", upstream, "none", "mock", [])]
         targets.append(ours(stack, folder))
         if peers is not None:
-            targets.append(plain(stack, peers, upstream))
+            targets.append(plain(stack, peers, upstream, "aiohttp"))
+            targets.append(plain(stack, peers, upstream, "httpx"))
             targets.append(litellm(stack, peers, upstream, folder))
         yield targets
 
@@ -247,14 +248,14 @@ def wait_for_model(port: int, key: str, model: str) -> None:
     raise SystemExit(f"{model} never appeared")
 
 
-def plain(stack: contextlib.ExitStack, peers: Path, upstream: int) -> Target:
+def plain(stack: contextlib.ExitStack, peers: Path, upstream: int, client: str) -> Target:
     port = free_port()
     environment = {**os.environ, "UPSTREAM": f"http://127.0.0.1:{upstream}/v1/chat/completions"}
     process = stack.enter_context(
-        running([str(peers / "bin/python"), str(HERE / "plain_proxy.py"), str(port)], env=environment)
+        running([str(peers / "bin/python"), str(HERE / "plain_proxy.py"), str(port), client], env=environment)
     )
     wait_for(port, "/")
-    return Target("plain Starlette + aiohttp proxy", port, "sk-bench", "mock", [process.pid])
+    return Target(f"plain Starlette + {client} proxy", port, "sk-bench", "mock", [process.pid])
 
 
 def litellm(stack: contextlib.ExitStack, peers: Path, upstream: int, folder: Path) -> Target:
