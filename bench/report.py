@@ -42,13 +42,13 @@ def gateway() -> Iterator[str]:
     machine = result["machine"]
     yield "## Gateway (`bench/gateway.py`)\n"
     yield (
-        f"{machine['cores']} cores ({machine['processor']}), Python {machine['python']}; gateway, node or mock, and load\n"
-        "generator share them. The proxies stand before a mock that answers at once and check one fixed key. Gridmill\n"
-        "stands before a real node (echo engine) over a real link, with hashed keys, metering, chat template, tokenizer\n"
-        "and detokeniser on.\n"
+        f"{machine['cores']} cores ({machine['processor']}), Python {machine['python']}; gateway, node or mock, and\n"
+        "load generator share them. The proxies stand before a mock that answers at once and check one fixed key.\n"
+        "Gridmill stands before a real node (echo engine) over a real link, with hashed keys, metering, chat\n"
+        "template, tokenizer and detokeniser on.\n"
     )
-    yield "Added latency: one request at a time, p50 over the mock asked directly. Loaded: wrk, 32 connections. Streams: 16 at"
-    yield "once, one token per event; per core-second counts the processor time of the gateway's processes alone.\n"
+    yield "Added latency: one request at a time, p50 over the mock asked directly. Loaded: wrk, 32 connections."
+    yield "Streams: 16 at once, one token per event; a core-second is processor time of the gateway's processes alone.\n"
     yield "| | added p50 | p99 | loaded, requests/s | loaded p50 | events/s | events per core-second |"
     yield "|---|---|---|---|---|---|---|"
     for name, one in result["sequential"].items():
@@ -94,9 +94,10 @@ def engine() -> Iterator[str]:
         return
     yield "## Native engine (`bench/engine.py`)\n"
     yield (
-        f"{result['device']}; torch {result['versions']['torch']}, transformers {result['versions']['transformers']}.\n"
-        "Tokens per second of all requests together through `NativeEngine.run`, and of transformers `generate` asked one\n"
-        "request at a time; medians. Exact mode is float32 in fixed shapes: its rows say what exactness costs.\n"
+        f"{result['device']}; torch {result['versions']['torch']}, "
+        f"transformers {result['versions']['transformers']}.\n"
+        "Tokens per second of all requests together through `NativeEngine.run`, and of transformers `generate` asked\n"
+        "one request at a time; medians. Exact mode is float32 in fixed shapes: its rows say what exactness costs.\n"
     )
     yield "| model | mode | concurrent | ours | generate | ratio |"
     yield "|---|---|---|---|---|---|"
