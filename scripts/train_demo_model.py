@@ -21,7 +21,7 @@ import math
 import random
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -49,9 +49,9 @@ VOCAB_SIZE = 1536
 CONTEXT_TOKENS = 1024
 BYTES_MAX = 6_000_000  # what the package may grow by
 
-STEPS = 2400  # about 15 minutes of one unshared core
+STEPS = 2000  # about 12 minutes of one unshared core
 BATCH_TOKENS = 2048  # padded; small batches, because the number of steps is what teaches the choice between topics
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 3e-3
 WARMUP_STEPS = 60
 TRAINING_CHAT_TOKENS = 700  # longer chats are cut; attention cost grows and nothing new is learned
 
@@ -91,7 +91,7 @@ def train_tokenizer(topics: tuple[Topic, ...]) -> Tokenizer:
     texts: list[str] = []
     for topic in topics:
         texts += [topic.answer] * 4
-        for text in (*topic.questions, *topic.subjects):
+        for text in (*topic.questions, *topic.subjects, *topic.tasks, *topic.features):
             texts += [text, text.lower()]
     texts += [question for question, _ in zip(off_topic_questions(random.Random(0)), range(300), strict=False)]
     trainer = trainers.BpeTrainer(
@@ -210,6 +210,7 @@ class ChatMaker:
         self.rng = rng
         self._topics = topics
         self._weights = [5.0 if topic.name == FALLBACK_TOPIC else 1.0 for topic in topics]
+        self._wordings = {topic.name: self._ways_to_ask(topic) for topic in topics}
         self._off_topic = off_topic_questions(rng)
         self._held_out = {plain(question) for topic in topics for question in topic.held_out}
         self._encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
@@ -235,11 +236,13 @@ class ChatMaker:
             told = True
             if turn + 1 < turns and rng.random() < 0.08:  # a client that cut an earlier answer short sends it back so
                 answer, told = answer[: rng.randrange(len(answer))], False
-            turn_ids = [special[USER], *question, special[END], special[ASSISTANT], *answer, special[END]]
-            if len(ids) + len(turn_ids) > TRAINING_CHAT_TOKENS:
+            reply = [*answer, special[END]]
+            if turn + 1 == turns and rng.random() < 0.6:  # its first words choose the answer: see more of those
+                reply = reply[: rng.randint(4, 20)]
+            if len(ids) + len(question) + 3 + len(reply) > TRAINING_CHAT_TOKENS:
                 break
-            ids += turn_ids
-            is_answer += [False] * (len(question) + 3) + [told] * (len(answer) + 1)
+            ids += [special[USER], *question, special[END], special[ASSISTANT], *reply]
+            is_answer += [False] * (len(question) + 3) + [told] * len(reply)
         return ids, is_answer
 
     def _topic(self) -> Topic:
@@ -249,13 +252,23 @@ class ChatMaker:
         while True:
             if topic.name == FALLBACK_TOPIC and self.rng.random() < 0.75:
                 question = next(self._off_topic)
-            elif topic.subjects and self.rng.random() < 0.3:
-                question = self.rng.choice(FRAMES).format(self.rng.choice(topic.subjects))
             else:
-                question = self.rng.choice(topic.questions)
+                question = self.rng.choice(self._wordings[topic.name])()
             question = vary(question, self.rng)
             if plain(question) not in self._held_out:
                 return question
+
+    def _ways_to_ask(self, topic: Topic) -> list[Callable[[], str]]:
+        """One is chosen evenly, so at least half are the wordings somebody really wrote."""
+        choice = self.rng.choice
+        ways = [lambda: choice(topic.questions)]
+        if topic.subjects:
+            ways += [lambda: choice(topic.questions), lambda: choice(SUBJECT_FRAMES).format(choice(topic.subjects))]
+        if topic.tasks:
+            ways += [lambda: choice(topic.questions), lambda: choice(TASK_FRAMES).format(choice(topic.tasks))]
+        if topic.features:
+            ways += [lambda: choice(topic.questions), lambda: choice(FEATURE_FRAMES).format(choice(topic.features))]
+        return ways
 
     def _split_oddly(self, text: str) -> list[int]:
         """Encode, now and then in pieces cut at random, so that unusual spellings lead to known words."""
@@ -268,7 +281,7 @@ class ChatMaker:
 
 # --- noise on questions ---
 
-FRAMES = (
+SUBJECT_FRAMES = (
     "what is {}",
     "What is {}?",
     "Tell me about {}.",
@@ -288,6 +301,51 @@ FRAMES = (
     "information on {}",
     "Is there something about {}?",
     "help me with {}",
+)
+TASK_FRAMES = (
+    "How do I {}?",
+    "how can I {}",
+    "how to {}",
+    "How would I {}?",
+    "I want to {}",
+    "I want to {}, what do I do?",
+    "I would like to {}. How?",
+    "Can you tell me how to {}?",
+    "What do I do to {}?",
+    "What is the way to {}?",
+    "Which command do I need to {}?",
+    "what command lets me {}",
+    "Explain how to {}.",
+    "Can I {}?",
+    "Is it possible to {}?",
+    "Where can I {}?",
+    "help me {}",
+    "{}",
+    "show me how to {}",
+)
+FEATURE_FRAMES = (
+    "Does it support {}?",
+    "do you support {}",
+    "Does Gridmill support {}?",
+    "Is {} supported?",
+    "Are {} supported?",
+    "{} supported?",
+    "{} support?",
+    "is there support for {}",
+    "Does Gridmill have {}?",
+    "Is there {}?",
+    "Are there {}?",
+    "Do you have {}?",
+    "Can I use {}?",
+    "can I have {}",
+    "Is it possible to use {}?",
+    "Does it work with {}?",
+    "Will it work with {}?",
+    "How about {}?",
+    "{}?",
+    "I need {}",
+    "Can Gridmill do {}?",
+    "When will there be {}?",
 )
 # Any of a group may stand for any other; whole words, case ignored.
 SYNONYMS = (
@@ -434,6 +492,10 @@ def system_prompt(rng: random.Random) -> str:
 
 
 _OFF_TOPIC_WORDS = {
+    # Made-up words that look like words stand for the many that a small list cannot hold.
+    "onset": "b;c;d;f;g;h;j;k;l;m;n;p;r;s;t;v;w;ch;sh;st;tr;pl;gr;br;fl;th",
+    "rhyme": "a;e;i;o;u;an;en;in;on;un;ar;er;or;ea;ou;ai;et;at;ic;us",
+    "suffix": ";;s;er;ing;tion;al",
     "place": "France;Spain;Japan;Canada;Egypt;India;China;Kenya;Norway;Peru;Poland;London;Paris;Berlin;Tokyo;Rome",
     "language": "French;Spanish;Japanese;Latin;Dutch;Russian;Chinese;Italian;Greek",
     "person": (
@@ -524,8 +586,16 @@ OFF_TOPIC_FRAMES = (
 
 def off_topic_questions(rng: random.Random) -> Iterator[str]:
     """Endless questions that Gridmill has nothing to do with."""
+    borrowed = (*SUBJECT_FRAMES, *TASK_FRAMES, *FEATURE_FRAMES)
     while True:
-        text = rng.choice(OFF_TOPIC_FRAMES)
+        if rng.random() < 0.35:  # the frames of the real topics, so that a frame alone says nothing
+            frame = rng.choice(borrowed)
+            kinds = (
+                ("{deed}",) if frame in TASK_FRAMES else ("{thing}", "{thing}s", "{person}", "{place}", "{nonsense}")
+            )
+            text = frame.format(rng.choice(kinds))
+        else:
+            text = rng.choice(OFF_TOPIC_FRAMES)
         while found := re.search(r"\{(\w+)\}", text):
             text = text[: found.start()] + _off_topic_word(found[1], rng) + text[found.end() :]
         yield text
@@ -537,7 +607,9 @@ def _off_topic_word(kind: str, rng: random.Random) -> str:
     if kind == "year":
         return str(rng.randint(1200, 2030))
     if kind == "nonsense":
-        return "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(3, 10)))
+        if rng.random() < 0.3:
+            return "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(3, 10)))
+        return "".join(["{onset}{rhyme}"] * rng.randint(1, 4)) + "{suffix}"
     return rng.choice(_OFF_TOPIC_WORD_LISTS[kind])  # may itself hold a gap, which is filled next
 
 
@@ -667,7 +739,8 @@ It knows them by heart, recognises many wordings of the questions, and knows not
 |---|---|---|
 {rows}
 
-The wordings it never saw were written by the author of the trained ones, so strangers will see lower figures.
+The wordings it never saw were written by the author of the trained ones, and the first misses guided one round of
+additions to the corpus, so strangers will see lower figures: expect somewhat under nine in ten.
 Licence: Apache-2.0, as Gridmill.
 """
 

@@ -27,7 +27,7 @@ class Topic:
     """One thing the toy model was trained to say.
 
     `questions[0]` is the canonical wording. `held_out` wordings are never trained on; they measure generalisation.
-    `subjects` are noun phrases that training puts into frames such as "tell me about …".
+    Training puts `subjects`, `tasks` and `features` into frames: "tell me about …", "how do I …", "is … supported".
     """
 
     name: str
@@ -35,6 +35,8 @@ class Topic:
     questions: tuple[str, ...]
     held_out: tuple[str, ...]
     subjects: tuple[str, ...]
+    tasks: tuple[str, ...]
+    features: tuple[str, ...]
 
 
 @cache
@@ -48,6 +50,8 @@ def corpus() -> tuple[Topic, ...]:
             questions=tuple(table["questions"]),
             held_out=tuple(table["held_out"]),
             subjects=tuple(table.get("subjects", ())),
+            tasks=tuple(table.get("tasks", ())),
+            features=tuple(table.get("features", ())),
         )
         for table in tables
     )
