@@ -145,6 +145,7 @@ STREAM_NEXT: dict[tuple[StreamState, type], StreamState] = {
     (StreamState.CANCELLING, End): StreamState.ENDED,
 }
 _OF_THE_PROGRAM = frozenset({*_AT_WORK, Drain} - {Heartbeat})
+_SENT_BY = {role: frozenset(kind for kind, roles in SENDERS.items() if role in roles) for role in Role}
 _MAY_EMIT = frozenset(state for state, kind in STREAM_NEXT if kind is Emission)
 
 
@@ -368,6 +369,7 @@ class Link:
         self._side = side
         self._versions = tuple(sorted(set(versions)))
         self._events: list[Event] = []
+        self._may_hear = _SENT_BY[_other(self.role)]
 
         # The greeting
         self._began = now
@@ -651,11 +653,16 @@ class Link:
     def _heard(self, message: AnyMessage, authenticated: bool, now: float) -> None:
         """One whole message: is it this role's, at this point, within the rules of what came before?"""
         kind = type(message)
-        if all(role is self.role for role in SENDERS[kind]):
+        if kind not in self._may_hear:
             raise Violation(Reason.WRONG_ROLE, f"{kind.__name__} from the {_other(self.role)}")
         following = NEXT.get((self.state, kind))
         if following is None:
             raise Violation(Reason.OUT_OF_STATE, f"{kind.__name__} while {self.state}")
+        if kind in _OF_THE_PROGRAM:
+            if self._apply(message, ours=False):
+                self.state = following
+                self._events.append(Arrived(message))
+            return
         match message:
             case Goodbye():
                 self._goodbye_heard(message, authenticated)
@@ -674,10 +681,6 @@ class Link:
                 self._heartbeat_heard(message, now)
                 self._events.append(Arrived(message))
                 self._answer_heartbeat(now)
-            case _:
-                if self._apply(message, ours=False):
-                    self.state = following
-                    self._events.append(Arrived(message))
 
     def _goodbye_heard(self, message: Goodbye, authenticated: bool) -> None:
         detail = clip(message.detail)
@@ -962,6 +965,8 @@ class Link:
         limit = codec.bytes_max(type(message))
         assert len(payload) <= limit, f"our own {type(message).__name__} has {len(payload)} bytes, {limit} are allowed"
         match message:
+            case Step():
+                self._work.append((payload, 0))  # as below, and by far the most
             case Heartbeat():
                 self._urgent.append((payload, 0))
             case Cancel():

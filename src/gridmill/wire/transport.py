@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from gridmill.wire.codec import FRAME_BYTES_MAX
-from gridmill.wire.link import SEND_BYTES_MAX, Closed, Event, Link, NodeSide, Opened, Reason, State
+from gridmill.wire.link import SEND_BYTES_MAX, Arrived, Closed, Event, Link, NodeSide, Opened, Reason, State
 from gridmill.wire.messages import AnyMessage
 
 LINK_PATH = "/link"
@@ -76,10 +76,11 @@ class Conversation:
         self.link = link
         self._socket = socket
         self._clock = clock
-        self._output = asyncio.Event()
+        self._output_due = True  # a node's link was born with its Hello
+        self._writer: asyncio.Future[None] | None = None
         self._deadline_moved = asyncio.Event()
         self._closed = asyncio.Event()
-        self._taken = asyncio.Condition()
+        self._bulk_senders: list[asyncio.Future[None]] = []
         self._on_event: Callable[[Event], None] = _ignore
         self._sending = False  # left True when a send was interrupted: its bytes may or may not have gone out
         link.wall_minus_now = time.time() - clock()
@@ -105,8 +106,10 @@ class Conversation:
 
         A sender of files awaits this before each Chunk, so that a file lies in memory once and not twice.
         """
-        async with self._taken:
-            await self._taken.wait_for(lambda: self.link.bulk_bytes < size or self.link.state is State.CLOSED)
+        while self.link.bulk_bytes >= size and self.link.state is not State.CLOSED:
+            sender: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._bulk_senders.append(sender)
+            await sender
 
     async def run(self, on_event: Callable[[Event], None]) -> Closed:
         """Pumps until the link is closed; Closed is both the last event and what is returned.
@@ -115,7 +118,6 @@ class Conversation:
         Reason.STOPPING first. What `on_event` raises ends the conversation and comes out of here in an ExceptionGroup.
         """
         self._on_event = on_event
-        self._output.set()  # a node's link was born with its Hello
         try:
             async with asyncio.TaskGroup() as group:
                 reader = group.create_task(self._read())
@@ -137,7 +139,7 @@ class Conversation:
         return self.link.closed
 
     def _wake(self) -> None:
-        self._output.set()
+        self._rouse_writer()
         if self.link.state is State.CLOSED:
             self._closed.set()  # the writer, who would deliver this, may be waiting for a socket that takes nothing
 
@@ -152,14 +154,18 @@ class Conversation:
                 return
             self._deliver(self.link.receive(data, self._clock()))
             if self.link.has_bytes:
-                self._output.set()
+                self._rouse_writer()
 
     async def _write(self) -> None:
+        # One bare future and no Event or Condition: this runs once per frame.
+        link, loop = self.link, asyncio.get_running_loop()
         while True:
-            await self._output.wait()
-            self._output.clear()
-            self._deliver(self.link.take_events())
-            while data := self.link.take_bytes():
+            if not self._output_due:
+                self._writer = loop.create_future()
+                await self._writer
+            self._output_due = False
+            self._deliver(link.take_events())
+            while link.has_bytes and (data := link.take_bytes()):
                 self._sending = True
                 try:
                     await self._socket.send_bytes(data)
@@ -167,10 +173,21 @@ class Conversation:
                     self._deliver(self.link.eof(self._clock()))
                     return
                 self._sending = False
-                async with self._taken:
-                    self._taken.notify_all()
-            if self.link.state is State.CLOSED:
+                if self._bulk_senders:
+                    self._rouse_bulk_senders()
+            if link.state is State.CLOSED:
                 return
+
+    def _rouse_writer(self) -> None:
+        self._output_due = True
+        if self._writer is not None and not self._writer.done():
+            self._writer.set_result(None)
+
+    def _rouse_bulk_senders(self) -> None:
+        senders, self._bulk_senders = self._bulk_senders, []
+        for sender in senders:
+            if not sender.done():
+                sender.set_result(None)
 
     async def _keep_time(self) -> None:
         while True:
@@ -184,11 +201,13 @@ class Conversation:
                     pass  # it is time
             self._deliver(self.link.tick(self._clock()))
             if self.link.has_bytes:
-                self._output.set()
+                self._rouse_writer()
 
     def _deliver(self, events: list[Event]) -> None:
         for event in events:
-            if isinstance(event, Opened):
+            if type(event) is Arrived:
+                pass  # by far the most, and none of this file's business
+            elif isinstance(event, Opened):
                 self._deadline_moved.set()
                 log.info("link open: %s, %s, protocol version %d", event.node_id, event.software, event.version)
             elif isinstance(event, Closed):
@@ -204,8 +223,7 @@ class Conversation:
                 await self._socket.close()
         except (ConnectionError, TimeoutError):
             pass  # the other side is gone, and so are its questions
-        async with self._taken:
-            self._taken.notify_all()
+        self._rouse_bulk_senders()
 
 
 def _ignore(event: Event) -> None:
