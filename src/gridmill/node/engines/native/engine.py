@@ -328,6 +328,7 @@ def load_native(
         device=device,
         exact=exact,
         kv_bytes=kv_bytes,
+        kv_tokens_useful=slots * facts.context_tokens,
         trust_remote_code=trust_remote_code,
         progress=progress,
     )

@@ -53,11 +53,14 @@ class Runner:
         exact: bool = False,
         kv_bytes: int | None = None,
         kv_pages: int | None = None,
+        kv_tokens_useful: int | None = None,
         page_tokens: int = 16,
         trust_remote_code: bool = False,
         progress: Progress | None = None,
     ) -> None:
-        """Raises ModelUnsupported. `kv_pages` wins over `kv_bytes`; without either, a part of the free memory."""
+        """Raises ModelUnsupported. `kv_pages` wins over `kv_bytes`; without either, a part of the free memory, but no
+        more than holds `kv_tokens_useful` tokens: what all sessions together can ever fill.
+        """
         config = read_config(folder, trust_remote_code=trust_remote_code)
         self.device = _device(device)
         self.dtype = _dtype(dtype, config, folder, self.device, exact=exact)
@@ -71,7 +74,7 @@ class Runner:
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-        self._prepare(kv_bytes, kv_pages, page_tokens)
+        self._prepare(kv_bytes, kv_pages, page_tokens, kv_tokens_useful)
 
     @classmethod
     def from_slice(
@@ -83,7 +86,9 @@ class Runner:
         runner._prepare(None, kv_pages, page_tokens)
         return runner
 
-    def _prepare(self, kv_bytes: int | None, kv_pages: int | None, page_tokens: int) -> None:
+    def _prepare(
+        self, kv_bytes: int | None, kv_pages: int | None, page_tokens: int, kv_tokens_useful: int | None = None
+    ) -> None:
         part = self._slice
         part.causal.to(self.device)
         part.core.to(self.device)
@@ -115,6 +120,8 @@ class Runner:
         if kv_pages is None:
             if kv_bytes is None:
                 kv_bytes = _free_bytes(self.device)
+                if kv_tokens_useful is not None:
+                    kv_bytes = min(kv_bytes, -(-kv_tokens_useful // page_tokens) * self.kv_bytes_per_page)
             kv_pages = kv_bytes // self.kv_bytes_per_page
         if kv_pages < 1:
             raise ModelUnsupported(
