@@ -202,7 +202,11 @@ class Agent:
         async def emit(event: Event) -> None:
             match event:
                 case Tokens(ids=ids, logprobs=logprobs):
-                    await self._take(work, ids, logprobs)
+                    work.check(ids, logprobs)
+                    if logprobs is None and len(ids) <= work.credit and len(ids) <= EMISSION_IDS_MAX:
+                        self._queue(work, ids, None)  # by far the most: nothing to wait for, nothing to repair
+                    else:
+                        await self._take(work, ids, logprobs)
                 case Finished() | Failed() | Refused():
                     work.end = event
                 case Log(line=line):
@@ -220,7 +224,6 @@ class Agent:
 
     async def _take(self, work: _Work, ids: tuple[int, ...], logprobs: tuple[TokenLogprob, ...] | None) -> None:
         """Queues ids for the next Step as far as credit reaches, waits for more, and so on."""
-        work.check(ids, logprobs)
         start = 0
         while start < len(ids):
             while work.credit <= 0:
@@ -249,7 +252,7 @@ class Agent:
             self._step_bytes += sum((len(entry.top) + 1) * LOGPROB_BYTES for entry in logprobs)
         if self._step_bytes >= STEP_BYTES_SOFT_MAX:
             self._flush()
-        else:
+        elif not self._flush_due:
             self._flush_soon()
 
     def _answer(self, work: _Work) -> None:
@@ -290,8 +293,9 @@ class Agent:
         if not self._open or not (self._emissions or self._ends):
             return
         for stream in self._emissions:
-            if stream in self._works:  # an Accept must not come after the first ids, however the loop orders its turns
-                self._answer(self._works[stream])
+            work = self._works.get(stream)
+            if work is not None and not work.answered:
+                self._answer(work)  # an Accept must not come after the first ids, however the loop orders its turns
         step = Step(tuple(self._emissions.values()), tuple(self._ends))
         self._emissions.clear()
         self._ends.clear()

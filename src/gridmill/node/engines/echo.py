@@ -19,7 +19,7 @@ from typing import Literal
 from gridmill.node.engines.admission import already_ended, output_limit, refusal
 from gridmill.node.engines.base import Emit, Failed, Finished, Refused, Served, Tokens
 from gridmill.wire.messages import Generate, Telemetry
-from gridmill.wire.sampling import TokenLogprob, pack_ids, unpack_ids
+from gridmill.wire.sampling import TokenLogprob, unpack_ids
 
 CATCH_UP_SECONDS_MAX = 0.05  # after a stall a stream may hurry this much and no more, as a real engine cannot at all
 
@@ -85,12 +85,17 @@ class EchoEngine:
                 return Finished("stop")
             case "length":
                 return Finished("length")
-        stream = _IdStream(work, prompt, delivered, self._ordinary)
+        stream = _IdStream(work, delivered, self._ordinary)
         limit = output_limit(work, self._served, len(prompt))
         loop = asyncio.get_running_loop()
         due = loop.time() + self._first_token_delay_seconds
         while True:
-            if not await self._reached(due):
+            wait_seconds = due - loop.time()
+            if wait_seconds > 0:
+                await self._closing_within(wait_seconds)
+            else:
+                await asyncio.sleep(0)  # a step is at least one turn of the loop
+            if self._closing.is_set():
                 return Failed("closed", "the engine was closed while this work ran")
             ids, reason = stream.take(min(self._ids_per_step, limit - stream.position))
             self._produced += len(ids)
@@ -102,17 +107,11 @@ class EchoEngine:
             if self._tokens_per_second is not None:
                 due = max(due + len(ids) / self._tokens_per_second, loop.time() - CATCH_UP_SECONDS_MAX)
 
-    async def _reached(self, due: float) -> bool:
-        """Waits for the next step, at least one turn of the loop. False when the engine was closed meanwhile."""
-        seconds = due - asyncio.get_running_loop().time()
-        if seconds <= 0:
-            await asyncio.sleep(0)
-        else:
-            try:
-                await asyncio.wait_for(self._closing.wait(), seconds)
-            except TimeoutError:
-                pass  # the usual case: the time has come and nobody closed the engine
-        return not self._closing.is_set()
+    async def _closing_within(self, seconds: float) -> None:
+        try:
+            await asyncio.wait_for(self._closing.wait(), seconds)
+        except TimeoutError:
+            pass  # the usual case: the time has come and nobody closed the engine
 
     def telemetry(self) -> Telemetry:
         then, before = self._telemetry_base
@@ -129,9 +128,9 @@ class EchoEngine:
 class _IdStream:
     """The ids of one work, each in constant time: the state hashes everything before it."""
 
-    def __init__(self, work: Generate, prompt: list[int], delivered: list[int], ordinary: array[int]) -> None:
+    def __init__(self, work: Generate, delivered: list[int], ordinary: array[int]) -> None:
         seed = b"" if work.sampling.greedy else work.sampling.seed
-        self._state = hashlib.sha256(b"gridmill-echo-v1\0" + seed + b"\0" + pack_ids(prompt)).digest()
+        self._state = hashlib.sha256(b"gridmill-echo-v1\0" + seed + b"\0" + work.prompt).digest()
         self._ordinary = ordinary
         self._stops = frozenset(work.sampling.stop_token_ids)
         self._min_tokens = work.sampling.min_tokens
@@ -143,15 +142,16 @@ class _IdStream:
     def take(self, count: int) -> tuple[list[int], Literal["stop"] | None]:
         """Up to `count` more ids; fewer, with "stop", when a stop id is hit."""
         ids = []
+        ordinary, stops = self._ordinary, self._stops
         for _ in range(count):
             number = int.from_bytes(self._state[:8], "little")
-            token_id = self._ordinary[number % len(self._ordinary)]
-            if token_id in self._stops and self.position < self._min_tokens:
+            token_id = ordinary[number % len(ordinary)]
+            if stops and token_id in stops and self.position < self._min_tokens:
                 token_id = self._beside_stops(number)
             ids.append(token_id)
             self._state = _after(self._state, token_id)
             self.position += 1
-            if token_id in self._stops:
+            if stops and token_id in stops:
                 return ids, "stop"
         return ids, None
 
