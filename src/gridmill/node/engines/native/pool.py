@@ -168,9 +168,15 @@ class Pool:
         queries = query[0].transpose(0, 1).reshape(count, kv_heads, group, -1) * scaling
         out = queries.new_zeros(count, kv_heads, group, values.shape[2])
         if self.recipe is Recipe.FAST:
+            plain = softcap is None and sinks is None and queries.dtype is torch.float32
+            tokens, results = queries.unbind(0), out.unbind(0)
             for span in plan.spans:
                 first = 0 if window is None else max(0, span.position - window + 1)
-                self._fast(plan, span, first, queries, keys, values, out, window, softcap, sinks)
+                if plain and span.length == 1:
+                    k, v = _read(span, keys, values, first, span.position + 1)
+                    torch.bmm(torch.bmm(tokens[span.start], k.mT).softmax(-1), v, out=results[span.start])
+                else:
+                    self._fast(plan, span, first, queries, keys, values, out, window, softcap, sinks)
             return out.view(1, count, heads, -1)
         exact, rows = (self._lean, ROWS_MIN) if self.recipe is Recipe.LEAN else (self._fixed, group)
         # Padded once for all tokens that decode, not once for each.
@@ -347,7 +353,7 @@ def _read(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of positions [low, high), [kv_heads, high - low, dim]; a view when the pages are neighbours."""
     if span.slots is None:
-        return keys[:, span.base + low : span.base + high], values[:, span.base + low : span.base + high]
+        return keys.narrow(1, span.base + low, high - low), values.narrow(1, span.base + low, high - low)
     slots = span.slots[low:high]
     return keys.index_select(1, slots), values.index_select(1, slots)
 
