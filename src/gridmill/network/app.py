@@ -23,7 +23,7 @@ from gridmill import __version__
 from gridmill.network.accounts import Accounts
 from gridmill.network.control import ControlServer, FolderLock
 from gridmill.network.dispatch import Dispatcher
-from gridmill.network.gateway.asgi import HttpProtocol, Receive, Scope, Send, send_bytes
+from gridmill.network.gateway.asgi import HttpProtocol, Receive, Scope, Send, WebSocketProtocol, send_bytes
 from gridmill.network.gateway.openai import OpenAIGateway
 from gridmill.network.links import Links
 from gridmill.network.metrics import Metrics
@@ -130,7 +130,7 @@ async def _serve(
             uvicorn.Config(
                 Door(gateway=gateway, links=links, side=side, metrics=metrics),
                 http=HttpProtocol,
-                ws="websockets-sansio",
+                ws=WebSocketProtocol,
                 ws_per_message_deflate=False,
                 ws_ping_interval=None,  # the link has its own heartbeat
                 ws_max_size=WEBSOCKET_MESSAGE_BYTES_MAX,

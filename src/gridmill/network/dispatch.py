@@ -22,7 +22,7 @@ import msgspec
 
 from gridmill.network import scheduler
 from gridmill.network.accounts import Account
-from gridmill.network.links import LinkLost, Links, NodeLink, NodeStream
+from gridmill.network.links import LinkLost, Links, NodeLink, NodeSilent, NodeStream
 from gridmill.network.registry import Registry
 from gridmill.wire.classes import ClassId
 from gridmill.wire.messages import Emission, End, Generate, NodeId, Refuse
@@ -283,14 +283,15 @@ class _Run:
             placed(record.node_id)
             first_token = 0.0
             while True:
-                emissions = await self._next(stream)
+                emissions = await stream.take(STALL_TIMEOUT_SECONDS)
                 if not emissions:
                     break
-                now = self._clock()
                 if not first_token:
-                    first_token = now
-                    self._observer.first_token(now - offered)
-                count = sum([len(emission.ids) for emission in emissions])
+                    first_token = self._clock()
+                    self._observer.first_token(first_token - offered)
+                count = 0
+                for emission in emissions:
+                    count += len(emission.ids)
                 # Counted before `emit`: what was handed to the caller's socket is delivered, even if it then leaves.
                 self._delivered += count
                 self._observer.tokens_delivered(count)
@@ -302,6 +303,9 @@ class _Run:
             return self._outcome("stop", min(enough.keep, self._delivered), cached_tokens)
         except LinkLost as lost:
             raise self._failure("node_lost", f"the node was lost ({lost})") from None
+        except NodeSilent:
+            node_link.cancel(stream)
+            raise self._failure("node_stalled", f"the node sent nothing for {STALL_TIMEOUT_SECONDS:.0f} s") from None
         except BaseException:
             node_link.cancel(stream)
             raise
@@ -322,29 +326,21 @@ class _Run:
 
     async def _accepted(self, stream: NodeStream) -> None:
         try:
-            async with asyncio.timeout(ACCEPT_TIMEOUT_SECONDS):
-                reply = await asyncio.shield(stream.reply)
-        except TimeoutError:
+            reply = await stream.answer(ACCEPT_TIMEOUT_SECONDS)
+        except NodeSilent:
             raise _Refused("node_silent", f"no answer to an offer within {ACCEPT_TIMEOUT_SECONDS:.0f} s") from None
         if isinstance(reply, Refuse):
             if reply.fault == "caller":
                 raise CallerFault(400, reply.code, reply.detail)
             raise _Refused(reply.code, reply.detail)
 
-    async def _next(self, stream: NodeStream) -> list[Emission]:
-        try:
-            async with asyncio.timeout(STALL_TIMEOUT_SECONDS):
-                return await stream.take()
-        except TimeoutError:
-            raise self._failure("node_stalled", f"the node sent nothing for {STALL_TIMEOUT_SECONDS:.0f} s") from None
-
     async def _last_word(self, stream: NodeStream) -> int:
         """The node's End after a cancel tells how much of the prompt it had cached; a slow node is not awaited."""
         try:
             async with asyncio.timeout(LAST_WORD_TIMEOUT_SECONDS):
-                while await stream.take():
+                while await stream.take(LAST_WORD_TIMEOUT_SECONDS):
                     pass  # Ids that were on their way when the answer was already complete.
-        except (TimeoutError, LinkLost):
+        except (TimeoutError, NodeSilent, LinkLost):
             return 0
         return self._cached_tokens(stream.end)
 

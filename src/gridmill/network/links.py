@@ -55,55 +55,99 @@ class LinkLost(Exception):
     """The conversation ended while a work or a transfer was on it."""
 
 
+class NodeSilent(Exception):
+    """Nothing came from a node for as long as it was given."""
+
+
 class NodeStream:
-    """One Work on one node. The link's reader pushes, `take` waits; what is pushed is bounded by the credit given."""
+    """One Work on one node. The link's reader pushes, one task waits; what is pushed is bounded by the credit given."""
 
     def __init__(self, number: int, on_end: Callable[[], None]) -> None:
         self.number = number
-        self.reply: asyncio.Future[Accept | Refuse] = asyncio.get_running_loop().create_future()
+        self.reply: Accept | Refuse | None = None
         self.end: End | None = None
         self.lost: str | None = None
         self._emissions: list[Emission] = []
+        self._loop = asyncio.get_running_loop()
         self._wake: asyncio.Future[None] | None = None
+        self._deadline = 0.0
+        self._timer: asyncio.TimerHandle | None = None
         self._on_end = on_end
         self._ended = False
 
-    async def take(self) -> list[Emission]:
-        """All emissions since the last call; empty only when the node has nothing more to say. Raises LinkLost."""
+    async def answer(self, patience_seconds: float) -> Accept | Refuse:
+        """What the node said to the offer. Raises LinkLost, or NodeSilent when it says nothing for that long."""
+        while self.reply is None:
+            if self.lost is not None:
+                raise LinkLost(self.lost)
+            await self._roused_within(patience_seconds)
+        return self.reply
+
+    async def take(self, patience_seconds: float) -> list[Emission]:
+        """All emissions since the last call; empty only when the node has nothing more to say.
+
+        Raises LinkLost, or NodeSilent when nothing comes for that long.
+        """
         while not self._emissions:
             if self.end is not None:
                 return []
             if self.lost is not None:
                 raise LinkLost(self.lost)
-            self._wake = asyncio.get_running_loop().create_future()
-            await self._wake
+            await self._roused_within(patience_seconds)
         taken, self._emissions = self._emissions, []
         return taken
 
+    async def _roused_within(self, seconds: float) -> None:
+        """One timer for all waits of a stream, moved on only when it fires: there is a wait for each engine step."""
+        self._wake = self._loop.create_future()
+        self._deadline = self._loop.time() + seconds
+        if self._timer is None:
+            self._timer = self._loop.call_later(seconds, self._time_passed)
+        elif self._timer.when() > self._deadline:
+            self._timer.cancel()
+            self._timer = self._loop.call_later(seconds, self._time_passed)
+        await self._wake
+
+    def _time_passed(self) -> None:
+        self._timer = None
+        if self._ended or self._wake is None or self._wake.done():
+            return  # nobody waits; the next wait sets the timer
+        seconds_left = self._deadline - self._loop.time()
+        if seconds_left > 0:
+            self._timer = self._loop.call_later(seconds_left, self._time_passed)
+        else:
+            self._wake.set_exception(NodeSilent())
+
     def push(self, emission: Emission) -> None:
         self._emissions.append(emission)
-        self._rouse()
+        wake = self._wake
+        if wake is not None and not wake.done():
+            wake.set_result(None)
+
+    def accept(self, acceptance: Accept) -> None:
+        if self.reply is None:
+            self.reply = acceptance
+            self._rouse()
 
     def finish(self, end: End) -> None:
         self.end = end
         self._close()
 
     def refuse(self, refusal: Refuse) -> None:
-        if not self.reply.done():
-            self.reply.set_result(refusal)
+        if self.reply is None:
+            self.reply = refusal
         self._close()
 
     def lose(self, why: str) -> None:
         self.lost = why
-        if not self.reply.done():
-            self.reply.set_exception(LinkLost(why))
-            # A caller that was cancelled while waiting never looks at the reply.
-            self.reply.exception()
         self._close()
 
     def _close(self) -> None:
         if not self._ended:
             self._ended = True
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
             self._on_end()
         self._rouse()
 
@@ -147,7 +191,7 @@ class NodeLink:
         return self._conversation.link.can_offer
 
     def open(self, work: Generate, class_id: ClassId) -> NodeStream:
-        """Offers the work; the node answers on `stream.reply`."""
+        """Offers the work; the node answers on the stream."""
         record = self.record
         assert record is not None, "only joined nodes are offered work"
         number = self._conversation.link.next_stream()
@@ -239,8 +283,8 @@ class NodeLink:
                     if stream is not None:
                         stream.finish(end)
             case Arrived(message=Accept(stream=number) as accept):
-                if number in self._streams and not self._streams[number].reply.done():
-                    self._streams[number].reply.set_result(accept)
+                if number in self._streams:
+                    self._streams[number].accept(accept)
             case Arrived(message=Refuse(stream=number) as refusal):
                 if number in self._streams:
                     self._streams[number].refuse(refusal)

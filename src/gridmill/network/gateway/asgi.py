@@ -1,8 +1,8 @@
 """The little of HTTP that every public API here needs, on raw ASGI.
 
 - A body is read under a size limit and a time limit; a caller that breaks either is told so and nothing is kept.
-- `Client` notices a caller that leaves, or that takes nothing, while its answer is being made. uvicorn's `send` returns
-  silently after a disconnect, so only `receive` tells.
+- `Client.present` notices a caller that leaves, or that takes nothing, while its answer is being made. uvicorn's `send`
+  returns silently after a disconnect, so the connection itself tells, through an extension of `HttpProtocol`.
 - Errors have OpenAI's shape whatever the API.
 """
 
@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from types import TracebackType
 from typing import Any
 
 import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.frames import Frame
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -24,7 +27,7 @@ Headers = list[tuple[bytes, bytes]]
 JSON = b"application/json"
 EVENT_STREAM = b"text/event-stream; charset=utf-8"
 BODY_BYTES_PER_SECOND_MIN = 16 << 10  # a slower body is not a slow line but somebody holding a place
-ABORT_EXTENSION = "gridmill.abort"
+CONNECTION_EXTENSION = "gridmill.connection"
 CORK_BYTES_MAX = 64 << 10  # what one turn may hold back; as much as a transport buffers before it pauses its writer
 
 _encode = msgspec.json.Encoder().encode
@@ -57,7 +60,7 @@ class ClientGone(Exception):
 
 
 class Client:
-    """The far end of one exchange. One task waits in `gone` while others send."""
+    """The far end of one exchange that `HttpProtocol` serves."""
 
     def __init__(
         self,
@@ -72,10 +75,10 @@ class Client:
         self._receive = receive
         self._send = send
         self._clock = clock
-        self._stall_timeout_seconds = stall_timeout_seconds
+        self.stall_timeout_seconds = stall_timeout_seconds
         self._sends_waiting = 0
         self._progress_at = 0.0
-        self._complete = False
+        self.complete = False  # the whole answer was given to the transport, or is being given to it
 
     async def send_head(self, status: int, headers: Headers) -> None:
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
@@ -85,7 +88,7 @@ class Client:
         if not self._sends_waiting:
             self._progress_at = self._clock()
         self._sends_waiting += 1
-        self._complete = self._complete or not more
+        self.complete = self.complete or not more
         try:
             await self._send({"type": "http.response.body", "body": data, "more_body": more})
         finally:
@@ -98,35 +101,18 @@ class Client:
         await self.send_head(status, [(b"content-type", content_type), (b"content-length", length), *headers])
         await self.send_body(body, more=False)
 
-    async def gone(self) -> None:
-        """Raises ClientGone when the caller leaves or stalls; returns when its answer is complete.
+    def stalls_in(self) -> float:
+        """Seconds until a caller that goes on taking nothing is given up."""
+        if not self._sends_waiting:
+            return self.stall_timeout_seconds
+        return self.stall_timeout_seconds - (self._clock() - self._progress_at)
 
-        To be awaited once the request body has been read.
+    def present(self) -> Presence:
+        """`with client.present():` is left with ClientGone as soon as the caller leaves or stalls.
+
+        To be entered once the request body has been read. Once the answer is complete nobody has to stay.
         """
-        while True:
-            stall_in = self._stall_timeout_seconds
-            if self._sends_waiting:
-                stall_in -= self._clock() - self._progress_at
-            if stall_in <= 0:
-                await self._abort()
-                raise ClientGone(f"took nothing for {self._stall_timeout_seconds:g} s")
-            try:
-                async with asyncio.timeout(stall_in):
-                    message = await self._receive()
-            except TimeoutError:
-                continue
-            if message["type"] == "http.disconnect":
-                if self._complete:
-                    return  # ASGI has the same word for both.
-                raise ClientGone("left")
-
-    async def _abort(self) -> None:
-        """Closes the connection without waiting for its buffer, which such a reader would never empty."""
-        extension = (self.scope.get("extensions") or {}).get(ABORT_EXTENSION)
-        if extension is not None:
-            extension["abort"]()
-            while (await self._receive())["type"] != "http.disconnect":
-                pass
+        return Presence(self)
 
     async def read_body(self, bytes_max: int, timeout_seconds: float) -> bytes:
         """The whole body. Raises ApiError (413, 408) or ClientGone.
@@ -161,6 +147,55 @@ class Client:
                 f"the request body did not arrive in time: {size} bytes came",
                 headers=[(b"connection", b"close")],
             ) from None
+
+
+class Presence:
+    """Cancels the task inside when its caller is gone, and turns that into ClientGone, as `asyncio.timeout` does.
+
+    No task of its own: it costs each request a timer and an entry in a set.
+    """
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._connection: HttpProtocol = client.scope["extensions"][CONNECTION_EXTENSION]
+        self._gone_because: str | None = None
+        self._cancelled = False
+
+    def __enter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None, "only a task can be cancelled"
+        self._task = task
+        self._cancelling = task.cancelling()
+        self._loop = asyncio.get_running_loop()
+        if not self._connection.watch(self._left):
+            raise ClientGone("left")
+        self._timer = self._loop.call_later(self._client.stall_timeout_seconds, self._look_for_stall)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._connection.unwatch(self._left)
+        self._timer.cancel()
+        # What else failed while the caller left, failed because of that; a cancellation from outside is not ours.
+        if self._cancelled and self._task.uncancel() <= self._cancelling and error is not None:
+            raise ClientGone(self._gone_because) from error
+
+    def _left(self) -> None:
+        if self._gone_because is None:
+            if self._client.complete:
+                return  # everything was said, and the connection may end
+            self._gone_because = "left"
+        self._cancelled = True
+        self._task.cancel()
+
+    def _look_for_stall(self) -> None:
+        stall_in = self._client.stalls_in()
+        if stall_in > 0:
+            self._timer = self._loop.call_later(stall_in, self._look_for_stall)
+            return
+        self._gone_because = f"took nothing for {self._client.stall_timeout_seconds:g} s"
+        # Without waiting for its buffer, which such a reader would never empty. The lost connection then calls `_left`.
+        self._connection.transport.abort()
 
 
 def _too_large(bytes_max: int) -> ApiError:
@@ -257,15 +292,74 @@ class CorkedTransport(asyncio.Transport):
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP/1.1 with one ASGI extension: `gridmill.abort` closes the connection at once.
+    """uvicorn's HTTP/1.1, which an application can ask for itself: who waits for the end of a connection is called.
 
-    ASGI has no such thing, and closing politely waits for a buffer that a stalled reader never empties.
-    Give it to uvicorn as `Config(http=HttpProtocol)`.
+    ASGI tells of it only to a task that waits in `receive`, and knows no way to close a connection at once: closing
+    politely waits for a buffer that a stalled reader never empties. Give it to uvicorn as `Config(http=HttpProtocol)`.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(CorkedTransport(transport, asyncio.get_running_loop()))
+        self._watchers: set[Callable[[], None]] = set()
+        self._lost = False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._lost = True
+        for watcher in tuple(self._watchers):
+            watcher()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self.scope["extensions"] = {ABORT_EXTENSION: {"abort": self.transport.abort}}
+        self.scope["extensions"] = {CONNECTION_EXTENSION: self}  # type: ignore[dict-item]
+
+    def watch(self, watcher: Callable[[], None]) -> bool:
+        """Calls `watcher` when the connection is lost; False when it is lost already."""
+        if not self._lost:
+            self.flow.resume_reading()  # only who reads sees the end
+            self._watchers.add(watcher)
+        return not self._lost
+
+    def unwatch(self, watcher: Callable[[], None]) -> None:
+        self._watchers.discard(watcher)
+
+
+class WebSocketProtocol(WebSocketsSansIOProtocol):
+    """uvicorn's WebSocket, whose binary messages are a stream of bytes: all that one read brought arrive as one.
+
+    A busy node sends several messages while the network is at something else, and each costs as much as what is in it.
+    Give it to uvicorn as `Config(ws=WebSocketProtocol)`.
+    """
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._gathered: list[bytes] = []
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        self._deliver()
+
+    def handle_text(self, event: Frame) -> None:
+        self._deliver()
+        super().handle_text(event)
+
+    def handle_close(self, event: Frame) -> None:
+        self._deliver()
+        super().handle_close(event)
+
+    def send_receive_event_to_app(self) -> None:
+        if self.curr_msg_data_type == "text" or self.close_sent:
+            super().send_receive_event_to_app()
+            return
+        self._gathered += self.frames
+        self.frames = []
+
+    def _deliver(self) -> None:
+        if not self._gathered:
+            return
+        data = self._gathered[0] if len(self._gathered) == 1 else b"".join(self._gathered)
+        self._gathered = []
+        self.queue.put_nowait({"type": "websocket.receive", "bytes": data})
+        if not self.read_paused:
+            self.read_paused = True
+            self.transport.pause_reading()

@@ -13,7 +13,6 @@ import asyncio
 import hashlib
 import logging
 import math
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
@@ -291,14 +290,12 @@ class _Exchange:
         """Says what went wrong, as an answer or, when the head of a stream has left, as its last event."""
         self.status, self.code = error.status, error.code
         try:
-            async with asyncio.TaskGroup() as group:
-                watcher = group.create_task(self.client.gone())
+            with self.client.present():
                 if self.head_sent:
                     await self.client.send_body(_error_event(error), more=False)
                 else:
                     await self.answer(error.status, error.body(), error.headers)
-                watcher.cancel()
-        except* ClientGone:
+        except ClientGone:
             pass  # Nobody to tell; the status stays that of the error.
 
     def log_fields(self) -> dict[str, Any]:
@@ -345,22 +342,25 @@ class _Answer:
         """Serves all choices. Raises ClientGone or the first fault; the works that still ran are cancelled by then."""
         self._unfinished = len(self.choices)
         try:
-            async with asyncio.TaskGroup() as group:
-                self._group = group
-                watcher = group.create_task(self._client.gone())
-                if len(self.choices) == 1:
+            with self._client.present():
+                if len(self.choices) == 1 and not self._request.stream:
                     await self._serve(self.choices[0], dispatcher, account)
                 else:
-                    async with asyncio.TaskGroup() as works:
-                        for choice in self.choices:
-                            works.create_task(self._serve(choice, dispatcher, account))
+                    await self._serve_together(dispatcher, account)
                 if not self._request.stream:
                     await self._exchange.answer(200, self._form.answer(self.choices, self._usage(), self._gridmill()))
-                watcher.cancel()
-        except BaseExceptionGroup as failures:
-            raise _first_cause(failures) from failures
         finally:
             self._exchange.output_tokens = sum([choice.tokens for choice in self.choices])
+
+    async def _serve_together(self, dispatcher: Dispatcher, account: Account) -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                self._group = group
+                for choice in self.choices[1:]:
+                    group.create_task(self._serve(choice, dispatcher, account))
+                await self._serve(self.choices[0], dispatcher, account)
+        except BaseExceptionGroup as failures:
+            raise _first_cause(failures) from failures
 
     async def _serve(self, choice: Choice, dispatcher: Dispatcher, account: Account) -> None:
         client, exchange = self._client, self._exchange
@@ -515,16 +515,11 @@ def _text_error(error: TextError, prompt_param: str) -> ApiError:
 
 
 def _first_cause(failures: BaseExceptionGroup[BaseException]) -> BaseException:
-    """What ended a request: that nobody is there any more, else the first thing that went wrong."""
-    leaves: list[BaseException] = []
-    groups: deque[BaseException] = deque([failures])
-    while groups:
-        failure = groups.popleft()
-        if isinstance(failure, BaseExceptionGroup):
-            groups.extend(failure.exceptions)
-        else:
-            leaves.append(failure)
-    return next((leaf for leaf in leaves if isinstance(leaf, ClientGone)), leaves[0])
+    """What ended a request: the first thing that went wrong."""
+    failure: BaseException = failures
+    while isinstance(failure, BaseExceptionGroup):
+        failure = failure.exceptions[0]
+    return failure
 
 
 def _retry_after(seconds: float) -> tuple[bytes, bytes]:
