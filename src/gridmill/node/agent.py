@@ -2,7 +2,8 @@
 
 1. Every accepted Work gets exactly one End, whatever becomes of its engine; a refused one gets a Refuse and no more.
 2. Ids leave only against credit. Awaiting credit is what makes an engine wait for a slow reader.
-3. All that is emitted in one turn of the event loop, which is one engine step, leaves as one Step.
+3. All that is emitted in one turn of the event loop, which is one engine step, leaves as one Step. Steps that follow at
+   once, as only a toy engine's can, share frames: a frame costs both ends more than the ids in it.
 
 An engine refuses before it first waits (admission.py), so whether to accept is known one turn after a run began.
 No socket and no clock here: a link and a fake cable look the same from this file.
@@ -48,6 +49,7 @@ log = logging.getLogger("gridmill.node")
 EMISSION_IDS_MAX = 1024  # with 20 top logprobs each this is 300 kB, a third of what one Step may weigh
 STEP_BYTES_SOFT_MAX = 256 << 10  # a Step that reaches it leaves before the turn of the loop ends
 ID_BYTES, LOGPROB_BYTES = 5, 15  # most that an id, and an (id, logprob) pair, take as MessagePack
+STEP_TURNS = 4  # from one Step to the next, unless nothing runs any more; turns of an idle loop take microseconds
 CHUNKS_AHEAD = 2  # file chunks that wait in the link: one leaving, one ready
 LOGPROB_MIN = -9999.0  # what OpenAI reports for "as good as impossible"; minus infinity has no place in JSON
 
@@ -83,6 +85,7 @@ class Agent:
         self._ends: list[End] = []
         self._step_bytes = 0
         self._flush_due = False
+        self._turns_to_wait = 0
         self._open = False
         self._draining = False
         self._idle = asyncio.Event()
@@ -272,7 +275,10 @@ class Agent:
         self._works.pop(work.offer.stream, None)
         if self._open and not work.refused:
             self._ends.append(_end_of(work))
-            self._flush_soon()
+            if self._works:
+                self._flush_soon()
+            else:
+                self._flush()
         if not self._works:
             self._idle.set()
 
@@ -285,7 +291,15 @@ class Agent:
         """Whoever else emits in this turn of the loop shares the Step."""
         if not self._flush_due:
             self._flush_due = True
-            asyncio.get_running_loop().call_soon(self._flush)
+            if not self._turns_to_wait:
+                asyncio.get_running_loop().call_soon(self._flush)
+
+    def _turn_passed(self) -> None:
+        self._turns_to_wait -= 1
+        if self._turns_to_wait:
+            asyncio.get_running_loop().call_soon(self._turn_passed)
+        elif self._flush_due:
+            self._flush()
 
     def _flush(self) -> None:
         self._flush_due = False
@@ -300,6 +314,9 @@ class Agent:
         self._emissions.clear()
         self._ends.clear()
         self._send(step)
+        if not self._turns_to_wait:
+            asyncio.get_running_loop().call_soon(self._turn_passed)
+        self._turns_to_wait = STEP_TURNS
 
     def _send(self, message: AnyMessage) -> None:
         """Breaking the protocol ourselves is a bug that ends the program: a stream that hangs would hide it."""
