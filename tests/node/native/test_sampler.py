@@ -315,6 +315,54 @@ def test_a_row_is_the_same_alone_and_among_others(road: Any, dtype: torch.dtype)
         assert torch.equal(logits, untouched)
 
 
+@pytest.mark.parametrize("margins", [False, True], ids=["ids only", "margins"])
+@pytest.mark.parametrize(("rows", "vocab_size"), [(70, 1536), (70, 1537), (30, 9_001), (3, 40_003), (2, 66_000)])
+def test_rows_side_by_side_are_the_rows_one_by_one(rows: int, vocab_size: int, margins: bool) -> None:
+    """Over several groups of rows and several chunks of Philox; plain, filtered, greedy and penalised rows mixed."""
+    rng = random.Random(rows * vocab_size)
+    generator = torch.Generator().manual_seed(rows * vocab_size)
+    mixed = random_states(rng, rows, vocab_size)
+    plain = [state_for(vocab_size, delivered=[1] * i, seed=rng.randbytes(32), top_logprobs=2) for i in range(rows)]
+    for states in (plain, mixed, [state_for(vocab_size, temperature=0.0)] * rows):
+        logits = torch.randn(rows, vocab_size, generator=generator) * 3
+        logits[1::4] = logits[1::4].round()  # equal values
+        logits[rows - 1, 5] = math.nan
+        untouched = logits.clone()
+        batched = choose(logits, states, margins=margins)
+        alone = [choose(logits[i : i + 1], states[i : i + 1], margins=margins)[0] for i in range(rows)]
+        assert batched[:-1] == alone[:-1]
+        assert isinstance(batched[-1], UnusableLogits) and isinstance(alone[-1], UnusableLogits)
+        assert torch.equal(logits.nan_to_num(), untouched.nan_to_num())
+        other_way_round = choose(logits.flip(0), states[::-1], margins=margins)
+        assert other_way_round[:0:-1] == alone[:-1]
+        for i in range(0, rows - 1, 7):
+            if states is plain:
+                scores = logits[i].numpy() + sampler.gumbel(states[i].key, i, np.arange(vocab_size))
+                best, second = np.sort(scores)[:-3:-1]
+                margin = float(best) - float(second) if margins else None
+                assert (chosen(alone[i]).token_id, chosen(alone[i]).margin) == (int(scores.argmax()), margin)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_noise_words_for_whole_rows_are_those_of_philox(rows: int) -> None:
+    rng = np.random.default_rng(rows)
+    positions = np.array([0, 2**32 - 1, 7, 8, 9], np.uint64)[:rows]
+    keys = rng.integers(0, 2**32, (rows, 2), dtype=np.uint64)
+    keys[0] = 2**32 - 1
+    words = sampler._words_of_blocks(positions, keys, 3, 20)
+    for row in range(rows):
+        counters = [(int(positions[row]), block, 0, 0) for block in range(3, 20)]
+        key = (int(keys[row, 0]), int(keys[row, 1]))
+        assert words[row].tolist() == [word for c in counters for word in oracle.philox4x32_10(c, key)]
+
+
+def test_descending_order_knows_one_zero_and_takes_equals_by_place() -> None:
+    values = np.random.default_rng(8).standard_normal(3_000).astype(np.float32) * np.float32(1e3)
+    values[::3] = np.round(values[::3] / 500)
+    values[:8] = [0.0, -0.0, -INF, 3e38, -3e38, 1e-45, -1e-45, 0.0]
+    assert sampler._descending(values).tolist() == np.argsort(-values, kind="stable").tolist()
+
+
 def test_both_roads_answer_the_same() -> None:
     rng = random.Random(5)
     generator = torch.Generator().manual_seed(5)
