@@ -52,19 +52,19 @@ def running(folder: Path, *arguments: str) -> Iterator[Up]:
         program.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     """The toy model on the native engine, as a newcomer gets it."""
     yield from running(tmp_path_factory.mktemp("demo"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def echo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     """Ids that are a hash of prompt, seed and previous ids: any slip in either shows."""
     yield from running(tmp_path_factory.mktemp("echo"), "--engine", "echo")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def slow_echo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     """Twenty tokens a second, for everything that happens in mid-stream."""
     yield from running(tmp_path_factory.mktemp("slow"), "--engine", "echo", "--echo-tokens-per-second", "20")

@@ -692,7 +692,7 @@ def test_closing_ends_calls_with_a_named_error_and_leaves_nothing_behind(tmp_pat
     async def body() -> None:
         me = psutil.Process()
         service = TextService(workers=2)
-        tasks, descriptors = len(asyncio.all_tasks()), me.num_fds()
+        before, tasks, descriptors = children(), len(asyncio.all_tasks()), me.num_fds()
         await service.start()
         await register(service, tmp_path, byte_level(), FOREVER, "bad")
         calls = [asyncio.create_task(service.encode_chat("bad", HELLO)) for _ in range(4)]
@@ -701,7 +701,7 @@ def test_closing_ends_calls_with_a_named_error_and_leaves_nothing_behind(tmp_pat
         assert {(await failure(call)).code for call in calls} == {"text_closed"}
         assert (await failure(service.encode("bad", "x"))).code == "text_closed"
         await service.close()
-        assert me.children(recursive=True) == []
+        assert children() == before
         assert len(asyncio.all_tasks()) == tasks
         assert me.num_fds() <= descriptors + 1  # the loop's own, made for its first child process
 
@@ -710,17 +710,19 @@ def test_closing_ends_calls_with_a_named_error_and_leaves_nothing_behind(tmp_pat
 
 def test_a_pool_that_cannot_start_says_so_and_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     async def body() -> None:
+        before = children()
         error = await failure(TextService(memory_bytes=8 << 20).start())
         assert (error.code, error.fault) == ("text_unavailable", "network")
         monkeypatch.setattr(sys, "executable", "/nowhere/python")
         assert (await failure(TextService().start())).code == "text_unavailable"
-        assert children() == set()
+        assert children() == before
 
     asyncio.run(body())
 
 
 def test_the_same_service_runs_on_uvloop(tmp_path: Path) -> None:
     async def body() -> None:
+        before = children()
         service = TextService(workers=2, call_timeout_seconds=1.0)
         async with running(service, tmp_path):
             expected = await service.encode_chat("model", HELLO)
@@ -728,7 +730,7 @@ def test_the_same_service_runs_on_uvloop(tmp_path: Path) -> None:
             assert (await failure(service.encode_chat("bad", HELLO))).code == "text_time"
             many = await asyncio.gather(*(service.encode_chat("model", HELLO) for _ in range(100)))
             assert many == [expected] * 100
-        assert psutil.Process().children() == []
+        assert children() == before
 
     uvloop.run(body())
 
