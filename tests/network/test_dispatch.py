@@ -14,6 +14,7 @@ import msgspec
 import pytest
 
 from gridmill.network import accounts as accounts_module
+from gridmill.network import dispatch as dispatch_module
 from gridmill.network import registry as registry_module
 from gridmill.network.accounts import Account, AccountId, Accounts, KeyId
 from gridmill.network.dispatch import CallerFault, Dispatcher, Enough, NodeFault, NoRoom, Outcome
@@ -401,6 +402,66 @@ def test_a_node_that_is_lost_after_an_id_ends_the_work_with_its_fault(tmp_path: 
         with pytest.raises(NoRoom) as full:
             await Reader().serve(world, work())
         assert full.value.code == "no_node" and full.value.retry_after_seconds > 0
+
+    play(tmp_path, body)
+
+
+def test_a_node_that_never_answers_an_offer_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch_module, "ACCEPT_TIMEOUT_SECONDS", 0.05)
+
+    async def body(world: World) -> None:
+        async def silent(node: ScriptedNode, offer: Offer) -> None:
+            await node.until(lambda: bool(node.heard_of(Cancel)))
+            node.send(Accept(offer.stream))
+            node.end(offer.stream, 0, "cancelled")
+
+        await world.join(node := ScriptedNode(silent, slots=4))
+        with pytest.raises(NodeFault) as caught:
+            await Reader().serve(world, work())
+        assert caught.value.code == "node_silent"
+        await world.idle()
+        assert len(node.heard_of(Cancel)) == 1
+
+    play(tmp_path, body)
+
+
+def test_a_node_that_falls_silent_after_an_id_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The offer's longer patience sets the timer first; the shorter one must move it, or this test never ends.
+    monkeypatch.setattr(dispatch_module, "STALL_TIMEOUT_SECONDS", 0.05)
+    monkeypatch.setattr(dispatch_module, "ACCEPT_TIMEOUT_SECONDS", 3600.0)
+
+    async def body(world: World) -> None:
+        async def stalls(node: ScriptedNode, offer: Offer) -> None:
+            node.send(Accept(offer.stream))
+            node.say(offer.stream, 0, 1, 2)
+            await node.until(lambda: bool(node.heard_of(Cancel)))
+            node.end(offer.stream, 2, "cancelled")
+
+        await world.join(ScriptedNode(stalls, slots=4))
+        reader = Reader()
+        with pytest.raises(NodeFault) as caught:
+            await reader.serve(world, work())
+        assert caught.value.code == "node_stalled" and reader.ids == [1, 2]
+        await world.idle()
+
+    play(tmp_path, body)
+
+
+def test_patience_begins_anew_with_every_word_of_the_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch_module, "ACCEPT_TIMEOUT_SECONDS", 0.02)  # fires while ids are awaited, and moves on
+    monkeypatch.setattr(dispatch_module, "STALL_TIMEOUT_SECONDS", 3600.0)
+
+    async def body(world: World) -> None:
+        async def slow(node: ScriptedNode, offer: Offer) -> None:
+            node.send(Accept(offer.stream))
+            await asyncio.sleep(0.1)
+            node.say(offer.stream, 0, 1, 2)
+            node.end(offer.stream, 2, "stop")
+
+        await world.join(ScriptedNode(slow, slots=4))
+        reader = Reader()
+        outcome = await reader.serve(world, work())
+        assert outcome.kind == "stop" and reader.ids == [1, 2]
 
     play(tmp_path, body)
 
