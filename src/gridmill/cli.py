@@ -34,12 +34,13 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     from gridmill.network.control import ControlError
     from gridmill.network.store import StoreUnusable
+    from gridmill.wire.identity import IdentityError
 
     try:
         return int(arguments.run(arguments, dict(os.environ)) or 0)
     except SettingsError as problem:
         return _say(problem, EXIT_USAGE)
-    except (ControlError, StoreUnusable, OSError) as problem:
+    except (ControlError, StoreUnusable, IdentityError, OSError) as problem:
         return _say(problem, EXIT_FAILED)
     except (KeyboardInterrupt, asyncio.CancelledError):
         return EXIT_INTERRUPTED

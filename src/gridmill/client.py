@@ -79,9 +79,11 @@ def load_client_settings(
 def read_credentials(data: Path) -> dict[str, str]:
     try:
         saved = json.loads((data / CREDENTIALS_FILE).read_text())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
-    return saved if isinstance(saved, dict) else {}
+    if not isinstance(saved, dict):
+        return {}
+    return {name: value for name, value in saved.items() if isinstance(value, str)}
 
 
 def save_credentials(data: Path, base_url: str, api_key: str) -> None:

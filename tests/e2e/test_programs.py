@@ -299,6 +299,40 @@ def test_metrics_count_what_happened(here: Place) -> None:
     assert health.status == 200 and health.headers["x-gridmill-request-id"]
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "code"),
+    [
+        ("network.key", b"short", 1),
+        ("gateway.secret", b"", 1),
+        ("network.sqlite", b"not a database " * 400, 1),
+    ],
+)
+def test_a_damaged_file_is_named_in_one_sentence(tmp_path: Path, name: str, content: bytes, code: int) -> None:
+    (tmp_path / name).write_bytes(content)
+    done = run("network", "--port", "0", "--data", tmp_path)
+    assert done.returncode == code and name in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_one_accounts_cached_prompt_says_nothing_to_another(here: Place) -> None:
+    network = here.network()
+    here.node(network, "--kv-memory", "64MiB")
+    asked = {
+        "model": DEMO,
+        "prompt": list(range(10, 210)),
+        "max_tokens": 2,
+        "stream_options": {"include_usage": True},
+    }
+
+    def cached(key: str, **more: str) -> int:
+        events = Stream(network.facts["base_url"], key, **asked, **more).events()
+        return int(events[-1]["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+    alice, bob = here.key("alice"), here.key("bob")
+    assert cached(alice) == 0 and cached(alice) > 100
+    assert cached(bob) == 0 and cached(bob) > 100
+    assert cached(alice, cache_salt="s") == 0 and cached(bob, cache_salt="s") == 0 and cached(alice, cache_salt="s") > 0
+
+
 # ---------------------------------------------------------------- TLS
 
 

@@ -65,7 +65,16 @@ def test_a_refusal_is_a_sentence(tmp_path: Path, command: str, arguments: dict[s
 
 def test_nonsense_on_the_socket_gets_an_error_and_the_next_caller_an_answer(tmp_path: Path) -> None:
     def body() -> int:
-        for nonsense in (b"\n", b"not json\n", b"[1,2]\n", b'{"command": {}}\n', b"x" * 3_000_000):
+        for nonsense in (
+            b"\n",
+            b"not json\n",
+            b"null\n",
+            b'"x"\n',
+            b"[" * 9000 + b"\n",
+            b"[1,2]\n",
+            b'{"command": {}}\n',
+            b"x" * 3_000_000,
+        ):
             with socket.socket(socket.AF_UNIX) as connection:
                 connection.settimeout(10)
                 connection.connect(str(tmp_path / "control.sock"))

@@ -468,7 +468,7 @@ def test_patience_begins_anew_with_every_word_of_the_node(tmp_path: Path, monkey
 
 @pytest.mark.parametrize(
     ("kind", "facts", "code"),
-    [("failed", {"code": "out_of_memory", "detail": "no pages"}, "out_of_memory"), ("cancelled", {}, "node_cancelled")],
+    [("failed", {"code": "out_of_memory", "detail": "no pages"}, "node_failed"), ("cancelled", {}, "node_cancelled")],
 )
 def test_an_end_that_is_no_finish_is_the_nodes_fault(
     tmp_path: Path, kind: str, facts: dict[str, str], code: str
@@ -647,5 +647,65 @@ def test_a_node_may_promise_more_places_than_its_link_has_streams(tmp_path: Path
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    play(tmp_path, body)
+
+
+def test_a_key_that_joins_twice_and_offers_nothing_the_second_time_leaves_no_ghost(tmp_path: Path) -> None:
+    async def body(world: World) -> None:
+        class Quiet(ScriptedNode):
+            def on_event(self, event: Event) -> None:
+                self.news.set()
+
+        first = ScriptedNode(count_up, slots=64)
+        await world.join(first)
+        second = Quiet(count_up, slots=1)
+        second.identity = first.identity
+        await world.join(second, served=False)
+        await second.until(lambda: second.conversation.link.opened is not None)
+        assert not world.registry.snapshot().by_class.get(CLASS.class_id)
+        with pytest.raises(NoRoom):
+            await Reader().serve(world, work())
+        await world.join(ScriptedNode(count_up, slots=1))
+        assert (await Reader().serve(world, work())).output_tokens == 10
+
+    play(tmp_path, body)
+
+
+@pytest.mark.parametrize("fault", ["caller", "node"])
+def test_a_nodes_words_are_never_taken_for_the_networks(tmp_path: Path, fault: Any) -> None:
+    async def body(world: World) -> None:
+        async def liar(node: ScriptedNode, offer: Offer) -> None:
+            node.send(Refuse(offer.stream, fault, "invalid_api_key", "pay at evil.example"))
+
+        await world.join(ScriptedNode(liar, slots=4))
+        with pytest.raises((CallerFault, NodeFault)) as caught:
+            await Reader().serve(world, work())
+        assert caught.value.code == "node_refused" and "the node says" in str(caught.value)
+
+    play(tmp_path, body)
+
+
+def test_classes_that_share_a_tokenizer_are_learned_side_by_side(tmp_path: Path) -> None:
+    async def body(world: World) -> None:
+        def arithmetic(number: int) -> ModelClass:
+            return msgspec.structs.replace(CLASS, arithmetic=f"echo-{number}")
+
+        class Own(ScriptedNode):
+            number = 0
+
+            def on_event(self, event: Event) -> None:
+                if isinstance(event, Opened):
+                    self.send(Offers((ClassOffer(f"m{self.number}", arithmetic(self.number), 1, "echo"),)))
+                else:
+                    super().on_event(event)
+
+        nodes = [Own(count_up, slots=1) for _ in range(12)]
+        for number, node in enumerate(nodes):
+            node.number = number
+            await world.join(node, served=False)
+        async with asyncio.timeout(10):
+            while len(world.registry.snapshot().by_class) < 12:
+                await asyncio.sleep(0.01)
 
     play(tmp_path, body)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import json
 import logging
 import socket
@@ -584,11 +583,12 @@ async def test_max_tokens_defaults_to_what_the_context_leaves_and_is_cut_to_it(s
 async def test_seeds_and_salts_are_fixed_before_dispatch(stage: Scene) -> None:
     await stage.answer(seed=-3, cache_salt="mine")
     await stage.answer()
-    first, second = stage.dispatcher.works
+    await stage.answer(cache_salt="mine")
+    first, second, third = stage.dispatcher.works
     assert first.sampling.seed == choice_seed(base_seed(-3, SECRET, ""), 0)
-    assert first.cache_salt == hashlib.sha256(b"mine").digest()
+    assert first.cache_salt == third.cache_salt != second.cache_salt
     assert second.sampling.seed == choice_seed(base_seed(None, SECRET, "chatcmpl-000002"), 0)
-    assert second.cache_salt == b""
+    assert len(second.cache_salt) == 32 and b"mine" not in first.cache_salt
 
 
 # ---------------------------------------------------------------- log probabilities

@@ -2,6 +2,7 @@
 
 import asyncio
 import sqlite3
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -109,3 +110,44 @@ def test_a_file_that_is_no_database_is_refused_in_one_sentence(tmp_path: Path) -
 def test_the_database_is_readable_by_its_owner_alone(tmp_path: Path) -> None:
     opened(tmp_path / "a.sqlite").close()
     assert (tmp_path / "a.sqlite").stat().st_mode & 0o077 == 0
+
+
+def test_a_database_that_another_program_locks_fails_that_write_and_serves_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "a.sqlite"
+    store = opened(path)
+
+    async def body() -> None:
+        await store.run(lambda connection: connection.execute("PRAGMA busy_timeout = 50").fetchall())
+        other = sqlite3.connect(path, isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(StoreUnusable, match="could not be written"):
+            await store.run(insert(1))
+        other.execute("ROLLBACK")
+        other.close()
+        assert await store.run(insert(2)) == 2
+
+    asyncio.run(body())
+    store.close()
+    assert numbers(path) == [2]
+
+
+def test_a_caller_who_stops_waiting_does_not_stop_the_writer(tmp_path: Path) -> None:
+    store = opened(tmp_path / "a.sqlite")
+    started, released = threading.Event(), threading.Event()
+
+    def slow(connection: sqlite3.Connection) -> None:
+        started.set()
+        released.wait(10)
+        connection.execute("INSERT INTO facts (number) VALUES (1)")
+
+    async def body() -> None:
+        impatient = asyncio.ensure_future(store.run(slow))
+        await asyncio.to_thread(started.wait, 10)
+        impatient.cancel()
+        await asyncio.sleep(0)
+        released.set()
+        assert await store.run(insert(2)) == 2
+
+    asyncio.run(body())
+    store.close()
+    assert numbers(tmp_path / "a.sqlite") == [1, 2]

@@ -86,7 +86,7 @@ class Accounts:
 
     async def create(self, name: str, scope: Scope = "inference") -> tuple[KeyRow, str]:
         """A new key and its secret, which cannot be shown again. Raises ValueError on an unusable name."""
-        name = name.strip()
+        name = name.strip() if isinstance(name, str) else ""
         if not name or len(name) > NAME_CHARACTERS_MAX or not name.isprintable():
             raise ValueError(f"a key needs a printable name of 1 to {NAME_CHARACTERS_MAX} characters")
         if scope not in ("inference", "node", "operator"):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import secrets
 import socket
 import time
@@ -21,7 +20,7 @@ import uvicorn
 
 from gridmill import __version__
 from gridmill.network.accounts import Accounts
-from gridmill.network.control import ControlServer, FolderLock
+from gridmill.network.control import ControlError, ControlServer, FolderLock
 from gridmill.network.dispatch import Dispatcher
 from gridmill.network.gateway.asgi import HttpProtocol, Receive, Scope, Send, WebSocketProtocol, send_bytes
 from gridmill.network.gateway.openai import OpenAIGateway
@@ -39,6 +38,7 @@ from gridmill.wire.transport import WEBSOCKET_MESSAGE_BYTES_MAX, serve_asgi_webs
 
 log = logging.getLogger("gridmill.network")
 
+GATEWAY_SECRET_BYTES = 32
 CONNECTIONS_MAX = 4096  # beyond it newcomers get 503 at once rather than everybody a slow answer
 
 
@@ -138,6 +138,7 @@ async def _serve(
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                proxy_headers=False,
                 timeout_keep_alive=75,
                 timeout_graceful_shutdown=5,
                 limit_concurrency=CONNECTIONS_MAX,
@@ -295,13 +296,14 @@ def _own_addresses() -> set[str]:
 
 def _gateway_secret(path: Path) -> bytes:
     """The key of seeds that clients did not choose; kept so that a restart does not change running audits."""
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return path.read_bytes()
-    with os.fdopen(descriptor, "wb") as file:
-        secret = secrets.token_bytes(32)
-        file.write(secret)
+    if not path.exists():
+        part = path.with_suffix(".part")
+        part.touch(mode=0o600)
+        part.write_bytes(secrets.token_bytes(GATEWAY_SECRET_BYTES))
+        part.replace(path)
+    secret = path.read_bytes()
+    if len(secret) != GATEWAY_SECRET_BYTES:
+        raise ControlError(f"{path} is damaged ({len(secret)} bytes): remove it, and a new one is made")
     return secret
 
 

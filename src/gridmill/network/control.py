@@ -15,6 +15,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from gridmill.network.store import StoreUnusable
+
 LINE_BYTES_MAX = 1 << 20  # a status of ten thousand nodes; commands themselves are tiny
 CALL_TIMEOUT_SECONDS = 30.0
 
@@ -75,7 +77,15 @@ class ControlServer:
         try:
             async with asyncio.timeout(CALL_TIMEOUT_SECONDS):
                 answer = await self._run(await reader.readline())
-        except (ControlError, TimeoutError, ValueError, TypeError) as problem:
+        except (
+            ControlError,
+            StoreUnusable,
+            TimeoutError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ) as problem:
             answer = {"error": str(problem) or type(problem).__name__}
         try:
             writer.write(json.dumps(answer).encode() + b"\n")
@@ -87,9 +97,12 @@ class ControlServer:
 
     async def _run(self, line: bytes) -> dict[str, Any]:
         request = json.loads(line)
-        command = self._commands.get(request.get("command"))
+        name = request.get("command") if isinstance(request, dict) else None
+        if not isinstance(name, str):
+            raise ControlError("a command is one JSON object with `command` and `arguments`")
+        command = self._commands.get(name)
         if command is None:
-            raise ControlError(f"this program knows no command {request.get('command')!r}; is it another version?")
+            raise ControlError(f"this program knows no command {name!r}; is it another version?")
         return {"result": await command(**request.get("arguments", {}))}
 
 

@@ -190,7 +190,9 @@ class Dispatcher:
             )
             if isinstance(found, scheduler.Placement) and not ahead:
                 node_link = self._links.find(found.node_id)
-                assert node_link is not None, "the registry lists only nodes with a live link"
+                if node_link is None:
+                    excluded.add(found.node_id)  # It left in this very moment.
+                    continue
                 if self._waiting.get(class_id):
                     # The caller takes its place before the loop turns; whoever is behind it looks again after that.
                     asyncio.get_running_loop().call_soon(self._wake, class_id)
@@ -330,9 +332,11 @@ class _Run:
         except NodeSilent:
             raise _Refused("node_silent", f"no answer to an offer within {ACCEPT_TIMEOUT_SECONDS:.0f} s") from None
         if isinstance(reply, Refuse):
+            # The code is ours to choose: a node's own words must not be mistaken for the network's.
+            detail = f"the node says: {reply.detail}"
             if reply.fault == "caller":
-                raise CallerFault(400, reply.code, reply.detail)
-            raise _Refused(reply.code, reply.detail)
+                raise CallerFault(400, "node_refused", detail)
+            raise _Refused("node_refused", detail)
 
     async def _last_word(self, stream: NodeStream) -> int:
         """The node's End after a cancel tells how much of the prompt it had cached; a slow node is not awaited."""
@@ -350,14 +354,13 @@ class _Run:
     def _judge(self, end: End, cached_tokens: int) -> Outcome:
         work = self._work
         if end.kind == "failed":
-            raise self._failure(end.code or "node_failed", end.detail or "the node's engine failed")
+            raise self._failure("node_failed", f"the node says: {end.detail or 'its engine failed'}")
         if end.kind == "cancelled":
             raise self._failure("node_cancelled", "the node stopped by itself")
-        already = len(work.delivered) // 4
         if end.count != self._delivered:
             raise self._failure("count_disagrees", f"the node says {end.count} ids, {self._delivered} arrived")
-        if end.kind == "length" and self._delivered + already > work.sampling.max_tokens:
-            raise self._failure("too_many_ids", "the node sent more ids than were asked for")
+        if end.kind == "length" and self._delivered + len(work.delivered) // 4 != work.sampling.max_tokens:
+            raise self._failure("ended_early", "the node called the answer complete before it had its length")
         return self._outcome(end.kind, self._delivered, cached_tokens)
 
     def _outcome(self, kind: Literal["stop", "length", "cancelled"], output_tokens: int, cached_tokens: int) -> Outcome:

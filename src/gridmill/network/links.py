@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import tempfile
 from collections.abc import Callable, Collection, Coroutine
 from pathlib import Path
 from typing import Any
@@ -537,6 +538,7 @@ def _not_served(offer: ClassOffer, detail: str) -> Listing:
 def _write_whole(path: Path, data: bytes) -> None:
     """A reader sees the old file or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_bytes(data)
-    part.replace(path)
+    # Two classes may share a tokenizer and be learned at once: each writer has a part of its own.
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name[:16], suffix=".part", delete=False) as part:
+        part.write(data)
+    Path(part.name).replace(path)

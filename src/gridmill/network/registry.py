@@ -277,8 +277,13 @@ class Registry:
     # ------------------------------------------------------------ nodes
 
     def join(self, node_id: NodeId, owner_id: OwnerId, software: str) -> NodeRecord:
+        """A new conversation of this node. What an older one offered is gone from this moment."""
+        older = self._nodes.get(node_id)
         record = NodeRecord(node_id, owner_id, software, self._now())
         self._nodes[node_id] = record
+        if older is not None:
+            self._drop_pending(node_id)
+            self._refresh(older, older.offers)
         return record
 
     def leave(self, record: NodeRecord) -> None:
@@ -290,6 +295,8 @@ class Registry:
 
     def offer(self, record: NodeRecord, offers: Iterable[ClassOffer]) -> None:
         """Replaces what this node serves. Only offers whose class text is here are served."""
+        if self._nodes.get(record.node_id) is not record:
+            return  # The node has joined again since; that conversation's offers count.
         before = set(record.offers)
         record.offers = {offer.model_class.class_id: offer for offer in offers}
         for class_id in record.offers:

@@ -24,6 +24,7 @@ GROUP_COMMIT_WRITES_MAX = 512  # beyond this a single slow disk flush would make
 PENDING_WRITES_MAX = 10_000  # a disk that hangs must turn into an error, not into memory
 
 Migration = str
+_Write = tuple[Callable[[sqlite3.Connection], Any], Future[Any]]
 
 
 class StoreUnusable(Exception):
@@ -35,9 +36,7 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._inbox: queue.Queue[tuple[Callable[[sqlite3.Connection], Any], Future[Any]] | None] = queue.Queue(
-            maxsize=PENDING_WRITES_MAX
-        )
+        self._inbox: queue.Queue[_Write | None] = queue.Queue(maxsize=PENDING_WRITES_MAX)
         self._thread: threading.Thread | None = None
 
     def open(self, migrations: Sequence[Migration]) -> None:
@@ -113,31 +112,39 @@ class Store:
             connection.close()
 
 
-def _commit_group(
-    connection: sqlite3.Connection, group: Sequence[tuple[Callable[[sqlite3.Connection], Any], Future[Any]]]
-) -> None:
+def _commit_group(connection: sqlite3.Connection, group: Sequence[_Write]) -> None:
+    """Every future of the group ends here, whatever the disk does: a writer thread that died would hang all callers."""
     done: list[tuple[Future[Any], Any]] = []
-    connection.execute("BEGIN IMMEDIATE")
-    for action, future in group:
-        connection.execute("SAVEPOINT one")
-        try:
-            result = action(connection)
-        except Exception as error:  # noqa: BLE001 - whatever the caller's own function raises is the caller's to see
-            connection.execute("ROLLBACK TO one")
-            future.set_exception(error)
-        else:
-            done.append((future, result))
-        connection.execute("RELEASE one")
     try:
+        connection.execute("BEGIN IMMEDIATE")
+        for action, future in group:
+            connection.execute("SAVEPOINT one")
+            try:
+                result = action(connection)
+            except Exception as error:
+                if not connection.in_transaction:
+                    raise  # A full disk: SQLite itself has undone the whole group.
+                connection.execute("ROLLBACK TO one")
+                _fail(future, error)
+            else:
+                done.append((future, result))
+            connection.execute("RELEASE one")
         connection.execute("COMMIT")
     except sqlite3.Error as error:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
-        for future, _ in done:
-            future.set_exception(StoreUnusable(f"the database refused to commit: {error}"))
+        for _, future in group:
+            _fail(future, StoreUnusable(f"the database could not be written ({error}): nothing of this was kept"))
         return
     for future, result in done:
-        future.set_result(result)
+        if future.set_running_or_notify_cancel():
+            future.set_result(result)
+
+
+def _fail(future: Future[Any], error: BaseException) -> None:
+    """A caller that stopped waiting has cancelled its future already."""
+    if not future.done() and future.set_running_or_notify_cancel():
+        future.set_exception(error)
 
 
 def _set_up(connection: sqlite3.Connection) -> None:

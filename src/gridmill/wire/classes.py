@@ -7,6 +7,7 @@ cannot lie about a class without changing its id, and the network can check the 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from typing import Any, NewType
@@ -66,6 +67,7 @@ def canonical_json(value: Any) -> bytes:
     return json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
+@functools.lru_cache(maxsize=256)  # engines ask it for every work
 def class_id_of(model_class: ModelClass) -> ClassId:
     if list(model_class.weights) != sorted(model_class.weights):
         raise ValueError("the weights manifest must be sorted by file name")

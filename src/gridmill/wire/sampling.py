@@ -59,6 +59,22 @@ def problem_with(sampling: Sampling, vocab_size: int) -> str | None:
 
     Both ends call it: the gateway to answer 400, the node because bytes from a network are outside too.
     """
+    # Nearly all are fine, and four times in each request it is asked. What is no number passes no comparison.
+    if (
+        len(sampling.seed) == SEED_BYTES
+        and 0 <= sampling.min_tokens <= sampling.max_tokens >= 1
+        and 0.0 <= sampling.temperature <= 100.0
+        and 0 <= sampling.top_k <= vocab_size
+        and 0.0 < sampling.top_p <= 1.0
+        and 0.0 <= sampling.min_p <= 1.0
+        and 0.01 <= sampling.repetition_penalty <= 100.0
+        and abs(sampling.presence_penalty) <= 100.0
+        and abs(sampling.frequency_penalty) <= 100.0
+        and not sampling.logit_bias
+        and not sampling.stop_token_ids
+        and (sampling.top_logprobs is None or 0 <= sampling.top_logprobs <= TOP_LOGPROBS_MAX)
+    ):
+        return None
     finite = {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
@@ -84,7 +100,7 @@ def problem_with(sampling: Sampling, vocab_size: int) -> str | None:
         (len(sampling.logit_bias) <= LOGIT_BIAS_ENTRIES_MAX, f"logit_bias holds over {LOGIT_BIAS_ENTRIES_MAX} entries"),
         (len(sampling.stop_token_ids) <= STOP_TOKEN_IDS_MAX, f"stop_token_ids holds over {STOP_TOKEN_IDS_MAX} ids"),
         (
-            all(0 <= token_id < vocab_size and math.isfinite(bias) for token_id, bias in sampling.logit_bias),
+            all(0 <= token_id < vocab_size and abs(bias) <= 1e30 for token_id, bias in sampling.logit_bias),
             f"logit_bias needs token ids below {vocab_size} and finite numbers",
         ),
         (

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
+import hmac
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -183,7 +183,7 @@ class OpenAIGateway:
         problem = problem_with(request.sampling(base, request.max_tokens or facts.context_tokens), facts.vocab_size)
         if problem is not None:
             raise RequestError(problem, problem.partition(" ")[0])
-        salt = hashlib.sha256(request.cache_salt.encode()).digest() if request.cache_salt is not None else b""
+        salt = self._cache_salt(exchange.account_id or "", request.cache_salt or "")
         hidden = frozenset(facts.eos_token_ids) | frozenset(request.stop_token_ids)
         form = kind(exchange.request_id, int(self.wall_clock()), card, request, text)
         answer = _Answer(exchange, form, request)
@@ -200,6 +200,11 @@ class OpenAIGateway:
                 answer.add(Generate(work_id, card.class_id, packed, sampling, cache_salt=salt), hidden)
         self.metrics.prompt_accepted(exchange.prompt_tokens)
         return answer
+
+    def _cache_salt(self, account_id: str, client_salt: str) -> bytes:
+        """Prompts share cached work within an account only: `cached_tokens` would answer guesses at a prompt."""
+        message = account_id.encode() + b"\0" + client_salt.encode()
+        return hmac.digest(self.gateway_secret, b"gridmill-cache-salt-v1\0" + message, "sha256")
 
     def _authenticate(self, scope: Scope, exchange: _Exchange) -> Account:
         offered = header(scope, b"authorization")
