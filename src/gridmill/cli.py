@@ -27,11 +27,17 @@ EXIT_FAILED, EXIT_USAGE, EXIT_NETWORK, EXIT_MODEL, EXIT_INTERRUPTED = 1, 2, 3, 4
 
 def main(argv: list[str] | None = None) -> int:
     """Parses, runs, and turns every expected failure into one sentence on stderr and an exit code."""
+    try:
+        return _main(argv)
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        return EXIT_INTERRUPTED
+
+
+def _main(argv: list[str] | None) -> int:
     # The one place that reads the environment for all programs; settings get it as an argument.
     import os
 
-    parser = build_parser()
-    arguments = parser.parse_args(argv)
+    arguments = build_parser().parse_args(argv)
     from gridmill.network.control import ControlError
     from gridmill.network.store import StoreUnusable
     from gridmill.wire.identity import IdentityError
@@ -42,8 +48,6 @@ def main(argv: list[str] | None = None) -> int:
         return _say(problem, EXIT_USAGE)
     except (ControlError, StoreUnusable, IdentityError, OSError) as problem:
         return _say(problem, EXIT_FAILED)
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        return EXIT_INTERRUPTED
 
 
 def build_parser() -> argparse.ArgumentParser:

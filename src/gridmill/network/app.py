@@ -75,6 +75,7 @@ async def _serve(
     own_nodes: Collection[NodeId],
 ) -> int:
     identity = Identity.load_or_create(settings.data / "network.key")
+    gateway_secret = _gateway_secret(settings.data / "gateway.secret")
     base_url = _base_url(settings, listener)
     accounts = Accounts(store, now=time.time, entropy=secrets.token_bytes)
     registry = Registry(store, approve=settings.approve_mode, own_nodes=own_nodes, now=time.time)
@@ -109,7 +110,7 @@ async def _serve(
             clock=time.monotonic,
             wall_clock=time.time,
             request_ids=lambda: secrets.token_hex(12),
-            gateway_secret=_gateway_secret(settings.data / "gateway.secret"),
+            gateway_secret=gateway_secret,
         )
         side = NetworkSide(
             identity=identity,
