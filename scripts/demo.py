@@ -24,8 +24,9 @@ def main() -> int:
         up = subprocess.Popen(
             [*gridmill, "up", "--json", "--port", "0", "--data", data], stdout=subprocess.PIPE, text=True
         )
+        failed = 1
         try:
-            return ask(gridmill, up, data)
+            failed = ask(gridmill, up, data)
         finally:
             if up.poll() is None:
                 up.send_signal(signal.SIGINT)
@@ -35,6 +36,8 @@ def main() -> int:
                 up.kill()
                 raise
             print(f"Stopped cleanly (exit code {code})." if code == 0 else f"gridmill up ended with {code}.")
+            failed = failed or code
+    return failed
 
 
 def ask(gridmill: list[str], up: subprocess.Popen[str], data: str) -> int:

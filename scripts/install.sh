@@ -9,6 +9,10 @@ venv=$2
 extras=$3
 cd "$(dirname "$0")/.."
 
+command -v "$python" >/dev/null 2>&1 || {
+    echo "There is no $python here. Gridmill needs Python 3.11 or newer; try: make PYTHON=/path/to/python3 demo" >&2
+    exit 2
+}
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
     echo "Gridmill needs Python 3.11 or newer; this is $("$python" --version). Try: make PYTHON=python3.12 demo" >&2
     exit 2
@@ -29,17 +33,22 @@ if [ -z "$uv" ] && "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check uv >/dev/null 2>&1 || true
     [ -x "$venv/bin/uv" ] && uv="$venv/bin/uv"
 fi
-# pip's configured extra places for wheels (a CPU build of torch, say) are unknown to uv unless handed over.
-links=$("$python" -m pip config get install.find-links 2>/dev/null ||
-    "$python" -m pip config get global.find-links 2>/dev/null || true)
-links=${PIP_FIND_LINKS:-$links}
+# What pip was told (extra places for wheels, such as a CPU build of torch; an index; an authority) uv has to be told too.
+configured() {
+    "$python" -m pip config get "install.$1" 2>/dev/null || "$python" -m pip config get "global.$1" 2>/dev/null || true
+}
+links=${PIP_FIND_LINKS:-$(configured find-links)}
+index=${PIP_INDEX_URL:-$(configured index-url)}
+authority=${PIP_CERT:-$(configured cert)}
 
 echo "Installing gridmill[$extras] …"
 if [ -n "$uv" ]; then
     set -- --quiet --python "$venv/bin/python" --constraint constraints.txt
     for link in $links; do set -- "$@" --find-links "$link"; done
-    if "$uv" pip install "$@" --editable ".[$extras]"; then exit 0; fi
-    echo "uv could not install it; trying pip …" >&2
+    [ -z "$index" ] || set -- "$@" --default-index "$index"
+    [ -z "$authority" ] || export SSL_CERT_FILE="$authority"
+    if "$uv" pip install "$@" --editable ".[$extras]" 2>"$venv/uv.log"; then exit 0; fi
+    echo "uv could not install it (why is in $venv/uv.log); pip can, a little slower …" >&2
 fi
 "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$venv/bin/python" -m ensurepip --upgrade >/dev/null || {
     echo "Neither uv nor pip can be had for $venv (on Debian: apt-get install python3-venv)" >&2

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "settings_loader": set(),
     "client": {"settings_loader"},
     "up": {"network", "wire", "client"},
-    "cli": {"network", "node", "client", "up", "settings_loader", ""},
+    "cli": {"network", "node", "wire", "client", "up", "settings_loader", ""},
     "__main__": {"cli"},
     "__init__": set(),
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import dataclasses
 import json
 import logging
@@ -74,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     # The node of `up` is on this machine and known to its network: it needs no token, and its link no TLS.
     _add_settings(up, NetworkSettings, leave_out={"tls_certificate", "tls_key"})
-    only_node = {"network", "exit_with_parent", "join_token", "network_key", "ca_file", "insecure"}
+    only_node = {"network", "exit_with_parent", "log_json", "join_token", "network_key", "ca_file", "insecure"}
     _add_settings(up, NodeSettings, leave_out=field_names(NetworkSettings) | only_node)
 
     network = _command(
@@ -160,6 +161,7 @@ def _up(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
         node_flags["config"] = config
     node_flags["data"] = settings.data / "node"
     node_flags["log_level"] = settings.log_level
+    node_flags["log_json"] = settings.json
     # Checked here, so that a misspelt setting is one sentence instead of a child that dies.
     load_node_settings({**node_flags, "network": "http://127.0.0.1"}, environ, _known())
     if settings.tls_certificate is not None:
@@ -172,7 +174,7 @@ def _up(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
             return
         print(
             f"Gridmill is up.\n\n  API    {facts['base_url']}\n  key    {facts['api_key']}\n  model  {facts['model']}"
-            f"{'  (a toy that only knows Gridmill)' if facts['model'] == 'gridmill/demo' else ''}\n\n"
+            f"{_remark(facts['model'], node_flags.get('engine'))}\n\n"
             f"Ask it:  gridmill chat{_data_hint(settings.data)}\n"
             f"or:      curl {facts['base_url']}/chat/completions -H 'authorization: Bearer {facts['api_key']}' \\\n"
             "           -H 'content-type: application/json' \\\n"
@@ -190,6 +192,12 @@ def _up(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
         )
     except NodeFailed as failed:
         return _say(failed, failed.exit_code or EXIT_FAILED)
+
+
+def _remark(model: str, engine: object) -> str:
+    if engine in ("echo", "mock"):
+        return "  (echo: the text is made up, only the machinery is real)"
+    return "  (a toy that only knows Gridmill)" if model == "gridmill/demo" else ""
 
 
 def _network(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
@@ -216,6 +224,12 @@ def _network(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
                 ),
                 flush=True,
             )
+            if not settings.on_loopback and settings.tls_certificate is None:
+                print(
+                    "Without TLS keys and prompts cross the line in plain text: give --tls-certificate and --tls-key, "
+                    "or put a proxy in front and tell its address with --public-url.",
+                    file=sys.stderr,
+                )
 
     return _until_signal(lambda stop: run_network(settings, ready=ready, stop=stop))
 
@@ -225,7 +239,7 @@ def _node(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
     from gridmill.node.settings import load_node_settings
 
     settings = load_node_settings(_flags(arguments), environ, _known())
-    _start_log(settings.log_level, as_json=settings.json)
+    _start_log(settings.log_level, as_json=settings.json if settings.log_json is None else settings.log_json)
 
     def ready(facts: dict[str, Any]) -> None:
         if settings.json:
@@ -247,8 +261,9 @@ def _until_signal(program: Callable[[asyncio.Event], Coroutine[Any, Any, int]]) 
             if stop.is_set():
                 task.cancel()
             else:
-                print("Stopping: running answers may end; Ctrl-C again stops at once.", file=sys.stderr, flush=True)
                 stop.set()
+                with contextlib.suppress(OSError):  # whoever read our log may have gone first
+                    print("Stopping: running answers may end; Ctrl-C again stops at once.", file=sys.stderr, flush=True)
 
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -306,7 +321,8 @@ def _keys_create(arguments: argparse.Namespace, environ: Mapping[str, str]) -> i
     if arguments.json:
         print(json.dumps(made))
     else:
-        print(f"{made['api_key']}\nThis is the only time the key is shown ({made['key_id']}, {made['scope']}).")
+        print(made["api_key"])
+        print(f"This is the only time the key is shown ({made['key_id']}, {made['scope']}).", file=sys.stderr)
     return 0
 
 
@@ -367,7 +383,8 @@ def _status(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
     if not state["running"]:
         print(f"No network runs on {_data(arguments, environ)}: `gridmill up` or `gridmill network` starts one.")
         return EXIT_FAILED
-    print(f"{state['base_url']}: {state['works_running']} running, {state['requests_waiting']} waiting\n")
+    print(f"{state['base_url']}: {state['works_running']} running, {state['requests_waiting']} waiting")
+    print(f"network key: {state['network_key']}\n")
     print(
         table(
             ("MODEL", "CLASS", "NODES", "RUNNING", "SLOTS"),
@@ -452,7 +469,9 @@ def _add_settings(parser: argparse.ArgumentParser, cls: Any, leave_out: typing.C
     """One flag per field of a settings class; the loader reads and checks the text."""
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        if field.name in leave_out:
+        if field.name in leave_out or field.metadata.get("help", "").startswith("(internal)"):
+            if field.name not in leave_out:
+                parser.add_argument("--" + field.name.replace("_", "-"), **_internal(hints[field.name]))
             continue
         hint, default = hints[field.name], field.default
         options: dict[str, Any] = {"default": None, "help": _help(field.metadata.get("help", ""), default)}
@@ -467,6 +486,13 @@ def _add_settings(parser: argparse.ArgumentParser, cls: Any, leave_out: typing.C
             named = {Path: "PATH", int: "N", float: "NUMBER"}
             options["metavar"] = "DIR" if field.name == "data" else named.get(hint, "TEXT")
         parser.add_argument("--" + field.name.replace("_", "-"), **options)
+
+
+def _internal(hint: Any) -> dict[str, Any]:
+    """A flag that programs give to programs: it works and is not shown."""
+    if hint is bool:
+        return {"action": "store_true", "default": None, "help": argparse.SUPPRESS}
+    return {"action": argparse.BooleanOptionalAction, "default": None, "help": argparse.SUPPRESS}
 
 
 def _help(text: str, default: Any) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import ssl
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
@@ -64,6 +66,10 @@ def load_client_settings(
     settings = load(
         ClientSettings, flags=flags, environ=environ, toml_path=None, table="client", known_elsewhere=known_elsewhere
     )
+    if settings.api_key and not (settings.api_key.isascii() and settings.api_key.isprintable()):
+        raise SettingsError("the API key holds characters that no key has: is there more than the key in it?")
+    if settings.base_url and "://" not in settings.base_url:
+        raise SettingsError(f"--base-url {settings.base_url} must begin with http:// or https://")
     if settings.base_url and settings.api_key:
         return settings
     saved = read_credentials(settings.data)
@@ -219,17 +225,26 @@ async def run_chat(settings: ClientSettings, question: str | None, out: TextIO) 
             if line is None:
                 return 0
             if not line.strip():
+                if question is not None:
+                    raise ClientError("the question is empty")
                 continue
             messages.append({"role": "user", "content": line})
-            answer = await client.chat(messages, model, _shower(out, quiet=settings.json))
+            try:
+                answer = await client.chat(messages, model, _shower(out, quiet=settings.json))
+            except ClientError as problem:
+                if not interactive:
+                    raise
+                print(f"\n{problem}", file=sys.stderr)
+                messages.pop()
+                continue
             messages.append({"role": "assistant", "content": answer.text})
             if settings.json:
                 print(json.dumps(answer.__dict__), file=out, flush=True)
             else:
                 print(file=out)
+                rate = f", then {answer.tokens_per_second:.0f} tokens/s" if answer.completion_tokens > 10 else ""
                 print(
-                    f"[{answer.completion_tokens} tokens, first after {answer.ttft_seconds * 1000:.0f} ms, "
-                    f"then {answer.tokens_per_second:.0f} tokens/s]",
+                    f"[{answer.completion_tokens} tokens, first after {answer.ttft_seconds * 1000:.0f} ms{rate}]",
                     file=sys.stderr,
                 )
             if question is not None:
@@ -256,7 +271,21 @@ def _shower(out: TextIO, *, quiet: bool) -> Callable[[str], None]:
 async def _ask(interactive: bool) -> str | None:
     if interactive:
         print("> ", end="", file=sys.stderr, flush=True)
-    line = await asyncio.to_thread(sys.stdin.readline)
+    # A thread of its own that nobody waits for at the end: a read of the terminal cannot be cancelled.
+    loop = asyncio.get_running_loop()
+    read: asyncio.Future[str] = loop.create_future()
+
+    def answered(line: str) -> None:
+        if not read.done():
+            read.set_result(line)
+
+    def body() -> None:
+        line = sys.stdin.readline()
+        with contextlib.suppress(RuntimeError):  # the loop is closed: Ctrl-C came first
+            loop.call_soon_threadsafe(answered, line)
+
+    threading.Thread(target=body, name="gridmill-stdin", daemon=True).start()
+    line = await read
     return line.rstrip("\n") if line else None
 
 

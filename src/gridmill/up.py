@@ -47,29 +47,30 @@ async def run_up(
     node_data = settings.data / "node"
     node_data.mkdir(parents=True, exist_ok=True, mode=0o700)
     own_node = node_id_of(Identity.load_or_create(node_data / "node.key").public)
-    child = _Child(node_arguments)
+    child = _Child(node_arguments, settings.drain_timeout_seconds + STOP_SECONDS)
+    # The node leaves first, politely, while its network still listens; then the network stops.
+    network_stop = asyncio.Event()
     first_failure: list[NodeFailed] = []
     watchers: list[asyncio.Task[None]] = []
 
     async def network_ready(facts: dict[str, Any], operations: Operations) -> None:
         api_key = await _own_key(settings.data, facts["base_url"], operations)
 
+        def node_ready(node: dict[str, Any]) -> None:
+            ready({**facts, "api_key": api_key, "model": node["model"], "node_id": node["node_id"]})
+
         async def supervise() -> None:
             try:
-                await child.keep_running(
-                    operations.local_url,
-                    lambda node: ready(
-                        {**facts, "api_key": api_key, "model": node["model"], "node_id": node["node_id"]}
-                    ),
-                )
+                await child.keep_running(operations.local_url, node_ready, stop)
             except NodeFailed as failed:
                 first_failure.append(failed)
-                stop.set()
+            finally:
+                network_stop.set()
 
         watchers.append(asyncio.create_task(supervise(), name="node"))
 
     try:
-        code = await run_network(settings, ready=network_ready, stop=stop, own_nodes=(own_node,))
+        code = await run_network(settings, ready=network_ready, stop=network_stop, own_nodes=(own_node,))
     finally:
         for watcher in watchers:
             watcher.cancel()
@@ -92,29 +93,45 @@ async def _own_key(data: Path, base_url: str, operations: Operations) -> str:
 class _Child:
     """The node's process: started again with growing pauses when it dies, ended politely when we stop."""
 
-    def __init__(self, arguments: Sequence[str]) -> None:
+    def __init__(self, arguments: Sequence[str], drain_seconds: float) -> None:
         self._arguments = arguments
+        self._drain_seconds = drain_seconds
 
-    async def keep_running(self, local_url: str, ready: Callable[[dict[str, Any]], None]) -> None:
+    async def keep_running(self, local_url: str, ready: Callable[[dict[str, Any]], None], stop: asyncio.Event) -> None:
+        """Until `stop`, then until the node has left. Raises NodeFailed when it ends before it was ever ready."""
         was_ready = False
         pause = 0.5
-        while True:
+        while not stop.is_set():
             async with _started(local_url, self._arguments) as process:
                 assert process.stdout is not None
-                line = await process.stdout.readline()
-                if line:
-                    facts = json.loads(line)
-                    pause = 0.5
-                    if not was_ready:
-                        was_ready = True
-                        ready(facts)
-                    await process.stdout.read()
-                code = await process.wait()
+                asking = asyncio.create_task(self._ask_to_leave(process, stop))
+                try:
+                    line = await process.stdout.readline()
+                    if line:
+                        facts = json.loads(line)
+                        pause = 0.5
+                        if not was_ready:
+                            was_ready = True
+                            ready(facts)
+                    code = await process.wait()
+                finally:
+                    asking.cancel()
+            if stop.is_set():
+                return
             if not was_ready:
                 raise NodeFailed(code)
             log.warning("the node ended and is started again", extra={"exit_code": code, "pause_seconds": pause})
-            await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause * random.uniform(0.5, 1.0)):
+                    await stop.wait()
             pause = min(pause * 2, RESTART_SECONDS_MAX)
+
+    async def _ask_to_leave(self, process: asyncio.subprocess.Process, stop: asyncio.Event) -> None:
+        await stop.wait()
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+            await asyncio.sleep(self._drain_seconds)
+            process.kill()
 
 
 @contextlib.asynccontextmanager

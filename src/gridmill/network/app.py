@@ -10,6 +10,7 @@ import contextlib
 import logging
 import secrets
 import socket
+import ssl
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterator
 from pathlib import Path
@@ -50,6 +51,7 @@ async def run_network(
     own_nodes: Collection[NodeId] = (),
 ) -> int:
     """Serves until `stop` is set, then drains. Raises ControlError, StoreUnusable or OSError when it cannot start."""
+    _check_certificate(settings)
     settings.data.mkdir(parents=True, exist_ok=True, mode=0o700)
     lock = FolderLock(settings.data / "network.lock", "gridmill network")
     store = Store(settings.data / "network.sqlite")
@@ -125,6 +127,7 @@ async def _serve(
             dispatcher=dispatcher,
             base_url=base_url,
             local_url=_local_url(settings, listener),
+            network_key=identity.public.hex(),
         )
         control = ControlServer(settings.data, operations.commands())
         server = _Server(
@@ -247,6 +250,18 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
         yield listener
     finally:
         listener.close()
+
+
+def _check_certificate(settings: NetworkSettings) -> None:
+    """Before anything is opened: a file that cannot be used is one sentence. Raises ControlError."""
+    if settings.tls_certificate is None:
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.tls_certificate, settings.tls_key)
+    except (OSError, ssl.SSLError) as problem:
+        raise ControlError(
+            f"--tls-certificate {settings.tls_certificate} and --tls-key {settings.tls_key} cannot be used: {problem}"
+        ) from problem
 
 
 def _base_url(settings: NetworkSettings, listener: socket.socket) -> str:

@@ -140,6 +140,8 @@ class _Short:
     def __enter__(self) -> str:
         if len(os.fsencode(self._path)) <= 100:
             return self._path
+        if not Path("/proc/self/fd").is_dir():
+            raise ControlError(f"{self._folder} is too long a path for a socket: choose a shorter --data folder")
         self._descriptor = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
         return f"/proc/self/fd/{self._descriptor}/control.sock"
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Coroutine
 from pathlib import Path
 from typing import Any
 
-from gridmill.network.accounts import Accounts
+from gridmill.network.accounts import Accounts, KeyId
 from gridmill.network.registry import NodeRecord, Registry
 from gridmill.network.store import StoreUnusable
 from gridmill.network.text import TextError, TextService
@@ -178,6 +178,7 @@ class NodeLink:
         self._conversation = conversation
         self._links = links
         self.record: NodeRecord | None = None
+        self.key_id: KeyId | None = None  # of the invitation it came with
         self._streams: dict[int, NodeStream] = {}
         self._transfers: dict[int, _Transfer] = {}
         self._grants: dict[int, int] = {}
@@ -395,6 +396,7 @@ class Links:
                     "`gridmill keys create NAME --scope node` and pass it as --join-token",
                 )
                 return
+            node_link.key_id = account.key_id
         older = self._by_node.pop(proven.node_id, None)
         if older is not None:
             older.conversation.close(Reason.SUPERSEDED, "the same node joined again")
@@ -521,6 +523,12 @@ class Links:
                 log.warning("a class cannot be read again", extra={"class": class_id[:8], "reason": str(problem)[:300]})
                 continue
             await self.registry.learn_class(model_class, facts, text)
+
+    def revoke(self, key_ids: Collection[KeyId]) -> None:
+        """Whoever came with one of these invitations leaves now."""
+        for node_link in tuple(self._all):
+            if node_link.key_id in key_ids:
+                node_link.conversation.close(Reason.JOIN_REFUSED, "the token that this node came with was revoked")
 
     def say_goodbye(self, reason: Reason, detail: str) -> None:
         for node_link in tuple(self._all):

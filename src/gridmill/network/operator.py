@@ -32,6 +32,7 @@ class Operations:
         dispatcher: Dispatcher | None = None,
         base_url: str = "",
         local_url: str = "",
+        network_key: str = "",
         now: Any = time.time,
     ) -> None:
         self._accounts = accounts
@@ -40,6 +41,7 @@ class Operations:
         self._dispatcher = dispatcher
         self._base_url = base_url
         self.local_url = local_url
+        self._network_key = network_key
         self._now = now
 
     def commands(self) -> dict[str, Command]:
@@ -69,9 +71,12 @@ class Operations:
 
     async def keys_revoke(self, key: str) -> list[dict[str, Any]]:
         try:
-            return [_key(row) for row in await self._accounts.revoke(key)]
+            revoked = await self._accounts.revoke(key)
         except UnknownKey as problem:
             raise ControlError(str(problem)) from problem
+        if self._links is not None:
+            self._links.revoke({row.key_id for row in revoked})
+        return [_key(row) for row in revoked]
 
     async def classes_list(self) -> list[dict[str, Any]]:
         approved = [
@@ -116,6 +121,7 @@ class Operations:
         return {
             "running": self._links is not None,
             "base_url": self._base_url,
+            "network_key": self._network_key,
             "works_running": self._links.works if self._links else 0,
             "requests_waiting": self._dispatcher.waiting if self._dispatcher else 0,
             "models": [

@@ -338,11 +338,14 @@ async def _fetch_all(
             part.replace(path)
             return digest
 
+    failures: list[HubError] = []
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(one(file)) for file in files]
     except* HubError as errors:
-        raise errors.exceptions[0] from None  # the first is what a person needs; the others are its company
+        failures += [error for error in errors.exceptions if isinstance(error, HubError)]
+    if failures:
+        raise failures[0]  # what a person needs; the others are its company
     return [task.result() for task in tasks]
 
 

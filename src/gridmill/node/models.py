@@ -223,7 +223,8 @@ def _name_of(folder: Path) -> str:
     repo = folder.parent.parent.name
     if folder.parent.name == "snapshots" and repo.startswith("models--"):
         return repo.removeprefix("models--").replace("--", "/", 1)
-    return folder.name or "model"
+    # A folder may be called anything; a model's name has no spaces, and '@' would select a class.
+    return "-".join(folder.name.replace("@", " ").split()) or "model"
 
 
 def _demo_folder() -> Path:

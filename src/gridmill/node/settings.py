@@ -40,7 +40,7 @@ class NodeSettings:
     owner: Path | None = setting(None, help="key file of the node's owner (default: the node is its own owner)")
     join_token: str | None = setting(None, help="token from `gridmill keys create NAME --scope node`", secret=True)
     network_key: str | None = setting(
-        None, help="the network's public key, 64 hex digits (default: pinned at first join)"
+        None, help="the network's public key, 64 hex digits as `gridmill status` shows (default: pinned at first join)"
     )
     ca_file: Path | None = setting(None, help="PEM file with the authority that signed the network's certificate")
     insecure: bool = setting(False, help="allow a link without TLS to another machine")
@@ -66,7 +66,8 @@ class NodeSettings:
     hub_token: str | None = setting(None, help="access token for the hub, for models that need one", secret=True)
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", help="how much goes to the log on stderr")
     json: bool = setting(False, help="print one line of JSON on stdout when ready, and log in JSON")
-    exit_with_parent: bool = setting(False, help="end when standard input does: for programs that start a node")
+    exit_with_parent: bool = setting(False, help="(internal) end when standard input does, as `gridmill up` wants it")
+    log_json: bool | None = setting(None, help="(internal) log in JSON whatever --json says")
 
     def __post_init__(self) -> None:
         # Late, because the codec brings the library of signatures with it, which a --help does not need.
@@ -77,6 +78,8 @@ class NodeSettings:
         for name in (self.name, self.model if self.engine_kind == "echo" else None):
             fine = name is None or (0 < len(name) <= NAME_CHARS_MAX and name.isprintable())
             _require(fine, f"a model's name must be 1 to {NAME_CHARS_MAX} printable characters")
+            plain = name is None or not any(c in " @" for c in name)
+            _require(plain, f"a model's name holds no spaces and no '@' ({name!r}): give another with --name")
         _require(
             self.network_key is None or re.fullmatch(r"[0-9a-fA-F]{64}", self.network_key) is not None,
             "--network-key must be 64 hex digits; the network prints it, and DATA/networks.json keeps it",

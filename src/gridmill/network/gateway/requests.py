@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import json
 import math
@@ -32,6 +33,7 @@ TOKEN_ID_MAX = (1 << 32) - 1  # ids travel as uint32
 SEED_MIN, SEED_MAX = -(1 << 63), (1 << 63) - 1
 BLAME_BYTES_MAX = 256 << 10  # above this a body with a broken number gets a position instead of a name
 NAME_SHOWN_CHARACTERS = 64
+NOT_UTF8_JSON = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # RFC 8259 §8.1: UTF-8, and no mark
 
 
 class RequestError(Exception):
@@ -154,6 +156,10 @@ def _reconcile(fields: dict[str, Any]) -> None:
 
 
 def _read(body: bytes, table: Mapping[str, Reader]) -> dict[str, Any]:
+    if body.startswith(NOT_UTF8_JSON) or b"\0" in body[:2]:
+        raise RequestError(
+            "the body is not UTF-8 JSON: it begins with a byte order mark or is UTF-16 or UTF-32", code="invalid_utf8"
+        )
     try:
         decoded = _decode(body)
     except RequestError:
