@@ -333,7 +333,66 @@ def test_one_accounts_cached_prompt_says_nothing_to_another(here: Place) -> None
     assert cached(alice, cache_salt="s") == 0 and cached(bob, cache_salt="s") == 0 and cached(alice, cache_salt="s") > 0
 
 
+def test_ctrl_c_stops_a_program_whose_log_nobody_reads_any_more(here: Place) -> None:
+    import os
+    import subprocess
+    import sys
+
+    from programs import clean_environment
+
+    reader, writer = os.pipe()
+    network = subprocess.Popen(
+        [sys.executable, "-m", "gridmill", "network", "--port", "0", "--json", "--data", here.folder / "network"],
+        stdout=subprocess.PIPE,
+        stderr=writer,
+        env=clean_environment(),
+        start_new_session=True,
+    )
+    os.close(writer)
+    assert network.stdout is not None and network.stdout.readline()
+    os.close(reader)  # as `… 2>&1 | tee` when tee is gone
+    network.send_signal(signal.SIGINT)
+    assert network.wait(20) == 0
+    network.stdout.close()
+
+
+def test_a_revoked_invitation_sends_its_node_away(here: Place) -> None:
+    network = here.network("--join", "invite")
+    node = here.node(network, "--engine", "echo", "--join-token", here.key("friend", "node"))
+    assert available(here)
+    gridmill("keys", "revoke", "friend", "--data", here.folder / "network")
+    assert node.process.wait(30) == 3
+    until(lambda: not available(here))
+
+
+def test_a_model_folder_with_a_space_in_its_name_is_offered_under_a_name_without(here: Place) -> None:
+    from gridmill.demo import demo_model_folder
+
+    folder = here.folder / "my model"
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        (folder / name).write_bytes((demo_model_folder() / name).read_bytes())
+    network = here.network()
+    node = here.node(network, "--engine", "echo", "--model", str(folder))
+    assert node.facts["model"] == "my-model"
+    assert Stream(network.facts["base_url"], here.key(), model="my-model", messages=HELLO, max_tokens=3).text()
+
+
+def test_an_empty_question_and_a_key_with_more_than_a_key_in_it_are_sentences(here: Place) -> None:
+    data = here.folder / "up"
+    here.start("up", "--port", "0", "--data", data, "--engine", "echo").ready()
+    empty = run("chat", " ", "--data", data)
+    assert empty.returncode == 1 and "empty" in empty.stderr
+    pasted = run("models", "--data", data, GRIDMILL_API_KEY="gm-key\nThis is the only time")
+    assert pasted.returncode == 2 and "API key" in pasted.stderr
+
+
 # ---------------------------------------------------------------- TLS
+
+
+def test_a_certificate_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+    done = run("network", "--port", "0", "--data", tmp_path, "--tls-certificate", "/nope", "--tls-key", "/nope")
+    assert done.returncode == 1 and "cannot be used" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_with_a_certificate_of_its_own_authority_node_and_user_speak_tls(here: Place) -> None:

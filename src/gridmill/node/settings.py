@@ -78,8 +78,8 @@ class NodeSettings:
         for name in (self.name, self.model if self.engine_kind == "echo" else None):
             fine = name is None or (0 < len(name) <= NAME_CHARS_MAX and name.isprintable())
             _require(fine, f"a model's name must be 1 to {NAME_CHARS_MAX} printable characters")
-            plain = name is None or not any(c in " @" for c in name)
-            _require(plain, f"a model's name holds no spaces and no '@' ({name!r}): give another with --name")
+        plain = self.name is None or not any(c in " @" for c in self.name)
+        _require(plain, f"a model's name holds no spaces and no '@': give another --name than {self.name!r}")
         _require(
             self.network_key is None or re.fullmatch(r"[0-9a-fA-F]{64}", self.network_key) is not None,
             "--network-key must be 64 hex digits; the network prints it, and DATA/networks.json keeps it",
