@@ -729,6 +729,60 @@ async def test_a_node_that_keeps_the_logprobs_to_itself_or_invents_ids_is_at_fau
     assert (status, error["code"]) == (502, "bad_ids")
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [
+        TokenLogprob(-1.0, ((FACTS.vocab_size, -1.0),)),
+        TokenLogprob(-1.0, ((4_000_000_000, -1.0),)),
+        TokenLogprob(0.5, ((97, -1.0),)),
+        TokenLogprob(-1.0, ((97, 0.5),)),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_log_probabilities_that_no_node_can_have_computed_are_the_nodes_fault(
+    entry: TokenLogprob, stream: bool
+) -> None:
+    async def body() -> None:
+        async with scene() as stage:
+
+            async def inventive(delivery: Delivery) -> Outcome:
+                delivery.placed("node-1")
+                await delivery._emit([Emission(1, 0, (97,), (entry,))])
+                return delivery.ended()
+
+            stage.dispatcher.script = inventive
+            async with stage.chat(stream=stream, logprobs=True, top_logprobs=1) as response:
+                assert response.status == 502
+                assert b'"code":"bad_ids"' in await response.read()
+
+    asyncio.run(body())
+
+
+@over_a_socket()
+async def test_a_log_probability_that_rounding_put_above_zero_is_shown_as_zero(stage: Scene) -> None:
+    async def rounded(delivery: Delivery) -> Outcome:
+        delivery.placed("node-1")
+        await delivery._emit([Emission(1, 0, (97,), (TokenLogprob(1e-5, ((97, 1e-5),)),))])
+        return Outcome("stop", 1, 0, ("node-1",))
+
+    stage.dispatcher.script = rounded
+    entry = (await stage.answer(logprobs=True, top_logprobs=1))["choices"][0]["logprobs"]["content"][0]
+    assert entry["logprob"] == entry["top_logprobs"][0]["logprob"] == 0
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32-be"])
+def test_a_body_in_another_encoding_is_told_so(encoding: str) -> None:
+    async def body() -> None:
+        async with scene() as stage:
+            data = json.dumps({"model": "toy", "prompt": "Hi"}).encode(encoding)
+            async with stage.http.post(f"{stage.url}/v1/completions", data=data) as response:
+                error = (await response.json())["error"]
+                assert (response.status, error["code"]) == (400, "invalid_utf8")
+                assert error["message"].startswith("the body is not UTF-8 JSON")
+
+    asyncio.run(body())
+
+
 # ---------------------------------------------------------------- callers that leave, stall or dawdle
 
 

@@ -13,8 +13,10 @@ from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from types import TracebackType
 from typing import Any
 
+import httptools
 import msgspec
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import Frame
 
@@ -28,6 +30,9 @@ JSON = b"application/json"
 EVENT_STREAM = b"text/event-stream; charset=utf-8"
 BODY_BYTES_PER_SECOND_MIN = 16 << 10  # a slower body is not a slow line but somebody holding a place
 CONNECTION_EXTENSION = "gridmill.connection"
+HEAD_BYTES_MAX = 64 << 10  # with the URL; proxies stop at 8 to 32 KiB, and it is kept before anybody is known
+PIPELINED_REQUESTS_MAX = 16  # waiting behind the one being answered; hardly a client sends even one ahead
+LEFTOVER_BYTES_MAX = 64 << 20  # thrown away after an early answer, so that a caller still sending gets to read it
 CORK_BYTES_MAX = 64 << 10  # what one turn may hold back; as much as a transport buffers before it pauses its writer
 
 _encode = msgspec.json.Encoder().encode
@@ -292,26 +297,187 @@ class CorkedTransport(asyncio.Transport):
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP/1.1, which an application can ask for itself: who waits for the end of a connection is called.
+    """uvicorn's HTTP/1.1 with limits on what a stranger may make it keep, and a word for who waits for its end.
 
-    ASGI tells of it only to a task that waits in `receive`, and knows no way to close a connection at once: closing
-    politely waits for a buffer that a stalled reader never empties. Give it to uvicorn as `Config(http=HttpProtocol)`.
+    - Nothing but a body may grow: heads, trailers, pipelined requests and what follows an early answer have limits.
+    - An offer to upgrade to anything but WebSocket is ignored, as RFC 9110 §7.8 allows; the request keeps its body.
+    - `watch` calls when the connection is lost. ASGI tells of that only to a task that waits in `receive`, and knows no
+      way to close a connection at once: closing politely waits for a buffer that a stalled reader never empties.
+
+    Give it to uvicorn as `Config(http=HttpProtocol)`.
     """
+
+    head_timeout_seconds = 20.0  # for a whole head, from its first byte or from the connection
+    leftover_timeout_seconds = 30.0  # for what still comes after an answer that did not wait for it
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(CorkedTransport(transport, asyncio.get_running_loop()))
+        self.flow = _Flow(self.transport)
         self._watchers: set[Callable[[], None]] = set()
         self._lost = False
+        self._in_head = False
+        self._in_body = False
+        self._progressed = False  # the parser had something to show for the bytes it was given
+        self._fruitless_bytes = 0  # fed since it last had: a part of a head, a chunk extension, a trailer
+        self._refused = False
+        self._leftover_bytes = 0
+        self._leftover_timer: asyncio.TimerHandle | None = None
+        self._head_timer: asyncio.TimerHandle | None = self.loop.call_later(self.head_timeout_seconds, self._head_late)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._lost = True
+        self._stop_timers()
         for watcher in tuple(self._watchers):
             watcher()
 
+    def data_received(self, data: bytes) -> None:
+        self._unset_keepalive_if_required()
+        if self._leftover_timer is not None:
+            self._leftover_bytes += len(data)
+            if self._leftover_bytes > LEFTOVER_BYTES_MAX:
+                self.transport.abort()
+                return
+        if self._refused:
+            return
+        while self._fruitless_bytes + len(data) > HEAD_BYTES_MAX:
+            cut = HEAD_BYTES_MAX + 1 - self._fruitless_bytes
+            if not self._feed(data[:cut]):
+                return
+            data = data[cut:]
+        if not self._feed(data):
+            return
+        # A head that came whole, as nearly all do, costs no timer.
+        if self._head_timer is None and (self._in_head or (self._fruitless_bytes and not self._in_body)):
+            self._head_timer = self.loop.call_later(self.head_timeout_seconds, self._head_late)
+
+    def _feed(self, data: bytes) -> bool:
+        """False when this connection takes no more HTTP."""
+        self._progressed = False
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            return self._upgrade(data[upgrade.args[0] :])
+        except httptools.HttpParserError:
+            if not self.transport.is_closing():
+                self.logger.warning("Invalid HTTP request received.")
+                self._refuse(400, "invalid_http", "this is not valid HTTP/1.1")
+            return False
+        self._fruitless_bytes = 0 if self._progressed else self._fruitless_bytes + len(data)
+        if self._fruitless_bytes > HEAD_BYTES_MAX:
+            self._refuse(431, "head_too_large", f"the request head is over the limit of {HEAD_BYTES_MAX} bytes")
+            return False
+        return True
+
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._in_head = True
         self.scope["extensions"] = {CONNECTION_EXTENSION: self}  # type: ignore[dict-item]
+
+    def on_headers_complete(self) -> None:
+        self._progressed = True
+        self._in_head = False
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+        self._unset_keepalive_if_required()
+        if self.parser.should_upgrade():
+            self.scope["method"] = self.parser.get_method().decode("ascii")
+            return  # `_upgrade` goes on
+        self._in_body = True
+        super().on_headers_complete()
+        self.headers = []  # the request has its own; trailers are nobody's
+        if len(self.pipeline) > PIPELINED_REQUESTS_MAX:
+            self._refused = True
+            self.transport.abort()
+            raise ConnectionAbortedError("too many requests were sent ahead")  # so that the parser stops here
+
+    def on_body(self, body: bytes) -> None:
+        self._progressed = True
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
+        self._progressed = True
+        self._in_body = False
+        super().on_message_complete()
+        if self._leftover_timer is not None:
+            self._leftover_timer.cancel()
+            self._leftover_timer = None
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._head_timer is not None:
+            # A next head begun meanwhile has its whole time from here: reading may have been paused until now.
+            self._head_timer.cancel()
+            self._head_timer = self.loop.call_later(self.head_timeout_seconds, self._head_late)
+        if self._in_body and self.cycle.response_complete and not self.transport.is_closing():
+            self._leftover_bytes = 0
+            self._leftover_timer = self.loop.call_later(self.leftover_timeout_seconds, self.transport.abort)
+
+    def _should_upgrade(self) -> bool:
+        return self.scope["method"] == "GET" and super()._should_upgrade()
+
+    def _upgrade(self, rest: bytes) -> bool:
+        """What follows a head at which the parser stopped: a WebSocket, or the body of an ordinary request."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.transport.abort()  # an upgrade ends the HTTP of a connection, and an answer is still being made
+            return False
+        if self._should_upgrade():
+            self.handle_websocket_upgrade()
+            return False
+        if self.scope["method"] == "CONNECT":
+            self._refuse(405, "method_not_allowed", "this is not a proxy: there is no CONNECT here")
+            return False
+        # A parser that stopped has forgotten how long the body is. A new one reads the head again without the offer.
+        head = [self.scope["method"].encode(), b" ", self.url, b" HTTP/", self.parser.get_http_version().encode()]
+        for name, value in self.headers:
+            if name != b"upgrade":
+                head += [b"\r\n", name, b": ", value]
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn has it
+        self._fruitless_bytes = 0
+        return self._feed(b"".join(head) + b"\r\n\r\n") and self._feed(rest)
+
+    def _head_late(self) -> None:
+        self._head_timer = None
+        if self.cycle is not None and not self.cycle.response_complete:
+            # The next request's head, while an answer is being made and reading may be paused: that is no delay yet.
+            self._head_timer = self.loop.call_later(self.head_timeout_seconds, self._head_late)
+        elif self._in_head or self._fruitless_bytes:
+            self._refuse(408, "head_timeout", "the request head did not arrive in time")
+        else:
+            self.transport.close()  # nothing was asked
+
+    def _refuse(self, status: int, code: str, message: str) -> None:
+        """Answers for the application and takes nothing more. The connection ends when the caller has seen it."""
+        self._refused = True
+        self._stop_timers()
+        self._unset_keepalive_if_required()
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.transport.abort()  # nothing can be said in the middle of another answer
+            return
+        body = ApiError(status, code, message).body()
+        self.transport.write(
+            STATUS_LINE[status]
+            + b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
+            + body
+        )
+        # Closing at once would reset the connection under a caller that is still sending, and lose the answer.
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self._leftover_bytes = 0
+        self._leftover_timer = self.loop.call_later(self.leftover_timeout_seconds, self.transport.abort)
+
+    def _stop_timers(self) -> None:
+        for timer in (self._head_timer, self._leftover_timer):
+            if timer is not None:
+                timer.cancel()
+        self._head_timer = self._leftover_timer = None
 
     def watch(self, watcher: Callable[[], None]) -> bool:
         """Calls `watcher` when the connection is lost; False when it is lost already."""
@@ -322,6 +488,30 @@ class HttpProtocol(HttpToolsProtocol):
 
     def unwatch(self, watcher: Callable[[], None]) -> None:
         self._watchers.discard(watcher)
+
+
+class _Flow(FlowControl):
+    """Reads nothing more from a caller that does not take its answers."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        super().__init__(transport)
+        self._reading_waits = False
+
+    def pause_reading(self) -> None:
+        self._reading_waits = False
+        super().pause_reading()
+
+    def resume_reading(self) -> None:
+        if self.write_paused:
+            self._reading_waits = self.read_paused
+        else:
+            super().resume_reading()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._reading_waits:
+            self._reading_waits = False
+            self.resume_reading()
 
 
 class WebSocketProtocol(WebSocketsSansIOProtocol):
