@@ -238,7 +238,7 @@ def test_a_slow_reader_slows_its_own_stream_only_and_loses_nothing(here: Place) 
 def test_chat_models_and_status_show_a_person_what_they_need(here: Place) -> None:
     data = here.folder / "up"
     up = here.start("up", "--port", "0", "--data", data, "--engine", "echo").ready()
-    said = run("chat", "hello", "--data", data, "--max-tokens", "5", "--seed", "1")
+    said = run("chat", "hello", "--data", data, "--max-tokens", "20", "--seed", "1")
     assert said.returncode == 0 and said.stdout.strip() and "tokens/s" in said.stderr
     answer = json.loads(gridmill("chat", "hello", "--data", data, "--max-tokens", "5", "--seed", "1", "--json"))
     assert answer["completion_tokens"] == 5 and answer["nodes"] == [up.facts["node_id"]]
