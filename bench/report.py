@@ -48,7 +48,7 @@ def gateway() -> Iterator[str]:
         "template, tokenizer and detokeniser on.\n"
     )
     yield "Added latency: one request at a time, p50 over the mock asked directly. Loaded: wrk, 32 connections."
-    yield "Streams: 16 at once, one token per event; a core-second is processor time of the gateway's processes alone.\n"
+    yield "Streams: 16 at once, one token per event; a core-second is processor time of the gateway alone.\n"
     yield "| | added p50 | p99 | loaded, requests/s | loaded p50 | events/s | events per core-second |"
     yield "|---|---|---|---|---|---|---|"
     for name, one in result["sequential"].items():
@@ -122,7 +122,7 @@ def sampler() -> Iterator[str]:
     for row in result["results"]:
         yield (
             f"| {row['vocabulary']:,} | {row['logits']} | {row['mode']} | {row['rows']} | "
-            f"{row['ours_ms_per_row']:.2f} | {row['torch_multinomial_ms_per_row']:.2f} |"
+            f"{row['ours_ms_per_row']:.3f} | {row['torch_multinomial_ms_per_row']:.3f} |"
         )
     yield ""
 
