@@ -247,10 +247,10 @@ def _node(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
         else:
             print(f"Serving {facts['model']} on {facts['base_url']} as {facts['node_id']}. Ctrl-C stops.", flush=True)
 
-    return _until_signal(lambda stop: run_node(settings, ready=ready, stop=stop))
+    return _until_signal(lambda stop: run_node(settings, ready=ready, stop=stop), quiet=settings.exit_with_parent)
 
 
-def _until_signal(program: Callable[[asyncio.Event], Coroutine[Any, Any, int]]) -> int:
+def _until_signal(program: Callable[[asyncio.Event], Coroutine[Any, Any, int]], *, quiet: bool = False) -> int:
     """Runs a program until it ends. The first Ctrl-C or SIGTERM asks it to drain, the second cancels it."""
 
     async def run() -> int:
@@ -262,6 +262,8 @@ def _until_signal(program: Callable[[asyncio.Event], Coroutine[Any, Any, int]]) 
                 task.cancel()
             else:
                 stop.set()
+                if quiet:
+                    return  # the program that started this one has said it
                 with contextlib.suppress(OSError):  # whoever read our log may have gone first
                     print("Stopping: running answers may end; Ctrl-C again stops at once.", file=sys.stderr, flush=True)
 
