@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -34,7 +35,7 @@ LOGPROB_OF_IMPOSSIBLE = -9999.0  # JSON has no infinity; OpenAI's own stand-in
 _encode = msgspec.json.Encoder().encode
 
 
-class Format:
+class Format(ABC):
     """What differs between the two endpoints: names, and the JSON around a choice."""
 
     endpoint: str
@@ -68,31 +69,33 @@ class Format:
         self._usage_null: dict[str, Any] = {"usage": None} if request.include_usage else {}
 
     @staticmethod
+    @abstractmethod
     def parse(body: bytes) -> ChatRequest | CompletionRequest:
-        raise NotImplementedError
+        """The checked request. Raises RequestError."""
 
     @staticmethod
+    @abstractmethod
     async def encode(texts: TextService, class_id: str, request: Any) -> list[list[int]]:
         """The request's prompts as token ids."""
-        raise NotImplementedError
 
     def choice(self, index: int, work: Generate, hidden: frozenset[int]) -> Choice:
         """`hidden` are the ids that end an answer and are not shown."""
         make = ScoredChoice if self._request.top_logprobs is not None else Choice
         return make(self, index, work, stop=self._request.stop, hidden=hidden)
 
+    @abstractmethod
     def logprobs(self, entries: Sequence[Scored]) -> dict[str, Any] | None:
-        raise NotImplementedError
+        """The log probabilities of shown ids, in this API's shape."""
 
+    @abstractmethod
     def delta(
         self, index: int, text: str | None, logprobs: dict[str, Any] | None, reason: str | None
     ) -> dict[str, Any]:
         """A choice in a chunk."""
-        raise NotImplementedError
 
+    @abstractmethod
     def whole(self, index: int, text: str, logprobs: dict[str, Any] | None, reason: str) -> dict[str, Any]:
         """A choice in a plain answer."""
-        raise NotImplementedError
 
     def opening_event(self, index: int) -> bytes:
         return b""
