@@ -595,7 +595,7 @@ def test_a_cancelled_download_keeps_what_has_come(tmp_path: Path) -> None:
         await asyncio.wait([task])
         assert task.cancelled()
         hanging.set()
-        (part,) = tmp_path.rglob("*.part")
+        (part,) = tmp_path.rglob("model.safetensors.part")  # small files may have been on their way beside it
         assert WEIGHTS.startswith(part.read_bytes()) and part.stat().st_size >= 200_000 - 10_000
 
     with_hub(whole_model(), body)
