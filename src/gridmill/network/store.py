@@ -121,7 +121,7 @@ def _commit_group(connection: sqlite3.Connection, group: Sequence[_Write]) -> No
             connection.execute("SAVEPOINT one")
             try:
                 result = action(connection)
-            except Exception as error:
+            except Exception as error:  # whatever the caller's own function raises is the caller's to see
                 if not connection.in_transaction:
                     raise  # A full disk: SQLite itself has undone the whole group.
                 connection.execute("ROLLBACK TO one")
