@@ -27,10 +27,9 @@ def test_the_page_of_commands_is_what_the_commands_say(monkeypatch: pytest.Monke
 def test_every_setting_has_a_sentence() -> None:
     import dataclasses
 
-    from gridmill.node.settings import NodeSettings
-
     from gridmill.client import ClientSettings
     from gridmill.network.settings import NetworkSettings
+    from gridmill.node.settings import NodeSettings
 
     for settings in (ClientSettings, NetworkSettings, NodeSettings):
         for field in dataclasses.fields(settings):

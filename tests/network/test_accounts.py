@@ -9,19 +9,19 @@ import pytest
 
 from gridmill.network import accounts
 from gridmill.network.accounts import Accounts, UnknownKey
-from gridmill.network.store import Store
+from gridmill.network.store import SqliteStore
 
 
 def with_accounts(path: Path, body: Callable[[Accounts], Awaitable[None]]) -> None:
     async def run() -> None:
-        store = Store(path)
-        store.open((accounts.MIGRATION,))
+        store = SqliteStore(path, wall_clock=lambda: 1000.0)
+        await store.open((accounts.MIGRATION,))
         try:
             made = Accounts(store, now=lambda: 1000.0, entropy=secrets.token_bytes)
             await made.load()
             await body(made)
         finally:
-            store.close()
+            await store.close()
 
     asyncio.run(run())
 

@@ -20,7 +20,7 @@ from gridmill.network.accounts import Account, AccountId, Accounts, KeyId
 from gridmill.network.dispatch import CallerFault, Dispatcher, Enough, NodeFault, NoRoom, Outcome
 from gridmill.network.links import STREAM_CREDIT_IDS, Links
 from gridmill.network.registry import Registry
-from gridmill.network.store import Store
+from gridmill.network.store import SqliteStore, Store
 from gridmill.wire.classes import ModelClass, TextFacts, facts_bytes
 from gridmill.wire.codec import STREAMS_OPEN_MAX
 from gridmill.wire.identity import Identity
@@ -219,15 +219,15 @@ async def void_later(work: Awaitable[object]) -> None:
 def play(tmp_path: Path, body: Callable[[World], Awaitable[None]], **options: Any) -> None:
     @asynccontextmanager
     async def world() -> Any:
-        store = Store(tmp_path / "a.sqlite")
-        store.open((accounts_module.MIGRATION, registry_module.MIGRATION))
+        store = SqliteStore(tmp_path / "a.sqlite", wall_clock=lambda: 1000.0)
+        await store.open((accounts_module.MIGRATION, registry_module.MIGRATION))
         try:
             async with asyncio.TaskGroup() as tasks:
                 made = World(tmp_path, tasks, store, **options)
                 yield made
                 made.links.say_goodbye(Reason.STOPPING, "the test is over")
         finally:
-            store.close()
+            await store.close()
 
     async def run() -> None:
         async with asyncio.timeout(30), world() as made:

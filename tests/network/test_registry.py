@@ -9,7 +9,7 @@ import pytest
 from gridmill.network import registry as registry_module
 from gridmill.network.detokenise import ClassText
 from gridmill.network.registry import Registry, UnknownModel
-from gridmill.network.store import Store
+from gridmill.network.store import SqliteStore
 from gridmill.wire.classes import ClassId, ModelClass, TextFacts, facts_bytes
 from gridmill.wire.messages import ClassOffer, NodeId, OwnerId
 
@@ -44,14 +44,14 @@ TEXT: ClassText = NoText()  # type: ignore[assignment]
 
 def with_registry(path: Path, body: Callable[[Registry], Awaitable[None]], approve: str = "open") -> None:
     async def run() -> None:
-        store = Store(path)
-        store.open((registry_module.MIGRATION,))
+        store = SqliteStore(path, wall_clock=lambda: 1000.0)
+        await store.open((registry_module.MIGRATION,))
         try:
             made = Registry(store, approve=approve, now=lambda: 1000.0)  # type: ignore[arg-type]
             await made.load()
             await body(made)
         finally:
-            store.close()
+            await store.close()
 
     asyncio.run(run())
 

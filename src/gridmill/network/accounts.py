@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-import sqlite3
 from collections.abc import Callable, Iterable
 from typing import Literal, NewType
 
 import msgspec
 
-from gridmill.network.store import Store
+from gridmill.network.store import Row, Store, Transaction
 
 AccountId = NewType("AccountId", str)
 KeyId = NewType("KeyId", str)
@@ -30,8 +29,8 @@ CREATE TABLE api_keys (
     name TEXT NOT NULL,
     scope TEXT NOT NULL,
     key_sha256 BLOB NOT NULL UNIQUE,
-    created_seconds INTEGER NOT NULL,
-    revoked_seconds INTEGER
+    created_seconds BIGINT NOT NULL,
+    revoked_seconds BIGINT
 );
 """
 
@@ -70,10 +69,10 @@ class Accounts:
         self._rows: dict[KeyId, KeyRow] = {}
 
     async def load(self) -> None:
-        def read(connection: sqlite3.Connection) -> list[tuple[str, str, str, str, bytes, int, int | None]]:
-            return connection.execute(
+        async def read(transaction: Transaction) -> list[Row]:
+            return await transaction.all(
                 "SELECT key_id, account_id, name, scope, key_sha256, created_seconds, revoked_seconds FROM api_keys"
-            ).fetchall()
+            )
 
         for key_id, account_id, name, scope, digest, created, revoked in await self._store.run(read):
             self._rows[KeyId(key_id)] = KeyRow(KeyId(key_id), name, scope, created, revoked)
@@ -98,11 +97,16 @@ class Accounts:
         digest = hashlib.sha256(secret.encode()).digest()
         row = KeyRow(key_id, name, scope, int(self._now()), None)
 
-        def insert(connection: sqlite3.Connection) -> None:
-            connection.execute(
+        async def insert(transaction: Transaction) -> None:
+            await transaction.do(
                 "INSERT INTO api_keys (key_id, account_id, name, scope, key_sha256, created_seconds)"
                 " VALUES (?, ?, ?, ?, ?, ?)",
-                (row.key_id, account.account_id, row.name, row.scope, digest, row.created_seconds),
+                row.key_id,
+                account.account_id,
+                row.name,
+                row.scope,
+                digest,
+                row.created_seconds,
             )
 
         await self._store.run(insert)
@@ -121,8 +125,8 @@ class Accounts:
             raise UnknownKey(f"no live key is called {key_id_or_name!r}: `gridmill keys list` shows them")
         moment = int(self._now())
 
-        def update(connection: sqlite3.Connection) -> None:
-            connection.executemany(
+        async def update(transaction: Transaction) -> None:
+            await transaction.do_many(
                 "UPDATE api_keys SET revoked_seconds = ? WHERE key_id = ?", [(moment, row.key_id) for row in chosen]
             )
 

@@ -30,7 +30,7 @@ from gridmill.network.metrics import Metrics
 from gridmill.network.operator import MIGRATIONS, Operations
 from gridmill.network.registry import Registry
 from gridmill.network.settings import NetworkSettings, is_loopback
-from gridmill.network.store import Store
+from gridmill.network.store import SqliteStore, Store
 from gridmill.network.text import TextService
 from gridmill.wire.identity import Identity
 from gridmill.wire.link import Link, NetworkSide, Reason
@@ -54,16 +54,16 @@ async def run_network(
     _check_certificate(settings)
     settings.data.mkdir(parents=True, exist_ok=True, mode=0o700)
     lock = FolderLock(settings.data / "network.lock", "gridmill network")
-    store = Store(settings.data / "network.sqlite")
+    store = SqliteStore(settings.data / "network.sqlite", wall_clock=time.time)
     texts = TextService(workers=settings.text_workers)
     try:
-        store.open(MIGRATIONS)
+        await store.open(MIGRATIONS)
         with _listening(settings.host, settings.port) as listener:
             await texts.start()
             return await _serve(settings, listener, store, texts, ready, stop, own_nodes)
     finally:
         await texts.close()
-        store.close()
+        await store.close()
         lock.release()
 
 

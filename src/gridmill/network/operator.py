@@ -15,7 +15,7 @@ from gridmill.network.control import Command, ControlError, FolderLock, NotRunni
 from gridmill.network.dispatch import Dispatcher
 from gridmill.network.links import Links
 from gridmill.network.registry import Registry, UnknownModel
-from gridmill.network.store import Store
+from gridmill.network.store import SqliteStore
 
 MIGRATIONS = (accounts_module.MIGRATION, registry_module.MIGRATION)
 
@@ -165,16 +165,16 @@ def operate(folder: Path, command: str, **arguments: Any) -> Any:
 
 async def _operate_offline(folder: Path, command: str, arguments: dict[str, Any]) -> Any:
     lock = FolderLock(folder / "network.lock", "gridmill network")
-    store = Store(folder / "network.sqlite")
+    store = SqliteStore(folder / "network.sqlite", wall_clock=time.time)
     try:
-        store.open(MIGRATIONS)
+        await store.open(MIGRATIONS)
         accounts = Accounts(store, now=time.time, entropy=secrets.token_bytes)
         registry = Registry(store, approve="operator", now=time.time)
         await accounts.load()
         await registry.load()
         return await Operations(accounts, registry).commands()[command](**arguments)
     finally:
-        store.close()
+        await store.close()
         lock.release()
 
 

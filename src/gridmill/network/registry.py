@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import sqlite3
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Literal
 
 import msgspec
 
 from gridmill.network.detokenise import ClassText
-from gridmill.network.store import Store
+from gridmill.network.store import Row, Store, Transaction
 from gridmill.wire.classes import CLASS_ID_SHORT, ClassId, ModelClass, TextFacts, facts_bytes, parse_facts
 from gridmill.wire.messages import ClassOffer, NodeId, OwnerId, Telemetry
 
@@ -25,14 +24,14 @@ CREATE TABLE classes (
     class_id TEXT PRIMARY KEY,
     model_class TEXT NOT NULL,
     facts TEXT NOT NULL,
-    first_seen_seconds INTEGER NOT NULL
+    first_seen_seconds BIGINT NOT NULL
 );
 CREATE TABLE class_names (
     name TEXT NOT NULL,
     class_id TEXT NOT NULL,
-    place INTEGER NOT NULL,
+    place BIGINT NOT NULL,
     approved_by TEXT NOT NULL,
-    approved_seconds INTEGER NOT NULL,
+    approved_seconds BIGINT NOT NULL,
     PRIMARY KEY (name, class_id)
 );
 """
@@ -145,11 +144,9 @@ class Registry:
     async def load(self) -> None:
         """Names and classes survive a restart; nodes and texts come back by themselves."""
 
-        def read(connection: sqlite3.Connection) -> tuple[list[tuple[str, str, str, int]], list[tuple[str, str]]]:
-            classes = connection.execute(
-                "SELECT class_id, model_class, facts, first_seen_seconds FROM classes"
-            ).fetchall()
-            names = connection.execute("SELECT name, class_id FROM class_names ORDER BY name, place").fetchall()
+        async def read(transaction: Transaction) -> tuple[list[Row], list[Row]]:
+            classes = await transaction.all("SELECT class_id, model_class, facts, first_seen_seconds FROM classes")
+            names = await transaction.all("SELECT name, class_id FROM class_names ORDER BY name, place")
             return classes, names
 
         classes, names = await self._store.run(read)
@@ -219,11 +216,15 @@ class Registry:
         place = len(self._names.get(name, ()))
         moment = int(self._now())
 
-        def insert(connection: sqlite3.Connection) -> None:
-            connection.execute(
+        async def insert(transaction: Transaction) -> None:
+            await transaction.do(
                 "INSERT INTO class_names (name, class_id, place, approved_by, approved_seconds)"
                 " VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
-                (name, class_id, place, by, moment),
+                name,
+                class_id,
+                place,
+                by,
+                moment,
             )
 
         await self._store.run(insert)
@@ -234,8 +235,8 @@ class Registry:
         if class_id not in self._names.get(name, ()):
             raise self._unknown(name)
 
-        def delete(connection: sqlite3.Connection) -> None:
-            connection.execute("DELETE FROM class_names WHERE name = ? AND class_id = ?", (name, class_id))
+        async def delete(transaction: Transaction) -> None:
+            await transaction.do("DELETE FROM class_names WHERE name = ? AND class_id = ?", name, class_id)
 
         await self._store.run(delete)
         self._names[name].remove(class_id)
@@ -260,11 +261,14 @@ class Registry:
         if class_id not in self._classes:
             moment = int(self._now())
 
-            def insert(connection: sqlite3.Connection) -> None:
-                connection.execute(
+            async def insert(transaction: Transaction) -> None:
+                await transaction.do(
                     "INSERT INTO classes (class_id, model_class, facts, first_seen_seconds) VALUES (?, ?, ?, ?)"
                     " ON CONFLICT DO NOTHING",
-                    (class_id, msgspec.json.encode(model_class).decode(), facts_bytes(facts).decode(), moment),
+                    class_id,
+                    msgspec.json.encode(model_class).decode(),
+                    facts_bytes(facts).decode(),
+                    moment,
                 )
 
             await self._store.run(insert)

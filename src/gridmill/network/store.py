@@ -1,9 +1,12 @@
-"""The network's database on one machine: SQLite in WAL mode, one writer thread with group commit.
+"""The network's database: one small contract, SQLite here, PostgreSQL in store_postgres.py.
 
-Three rules. Writes are functions handed to the one writer thread, which commits many of them at once: a caller resumes
-only after the commit that holds its write is on disk. Reads run on the same thread between commits, since this database
-is small and the hot path never reads it. SQL text lives with the noun that owns it; this file knows none but the
-migrations' own table.
+Three rules. A write is an action, an `async` function over a Transaction that awaits nothing but that transaction; its
+caller resumes only after the commit that holds it is on disk. Actions have no effect outside the database, because a
+PostgreSQL store runs one again when it lost a race. SQL lives with the noun that owns it, in the subset that both
+databases run: `?` for values, BIGINT, TEXT, BLOB and DOUBLE PRECISION columns, ON CONFLICT, RETURNING.
+
+SQLite runs in WAL mode with one writer thread, which commits many actions at once (group commit); the transaction's
+methods never really wait there, so the thread runs an action from end to end.
 """
 
 from __future__ import annotations
@@ -13,34 +16,107 @@ import queue
 import shutil
 import sqlite3
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
 
 GROUP_COMMIT_WRITES_MAX = 512  # beyond this a single slow disk flush would make the oldest caller wait too long
 PENDING_WRITES_MAX = 10_000  # a disk that hangs must turn into an error, not into memory
+AMONG_VALUES_MAX = 512  # values in one IN list; more are asked for in several statements
 
 Migration = str
-_Write = tuple[Callable[[sqlite3.Connection], Any], Future[Any]]
+Row = tuple[Any, ...]
+Changed = Callable[[str, str], None]
 
 
 class StoreUnusable(Exception):
     """The database cannot be used; the message says what to do."""
 
 
-class Store:
-    """`open` applies the migrations that are missing and keeps a copy of the file from before it did."""
+class Transaction(Protocol):
+    """What an action may do. Every method is a plain round trip to the database."""
 
-    def __init__(self, path: Path) -> None:
+    async def all(self, sql: str, *values: Any) -> list[Row]:
+        """All rows of a SELECT, or of a statement with RETURNING."""
+        ...
+
+    async def one(self, sql: str, *values: Any) -> Row | None:
+        """The first row, or None."""
+        ...
+
+    async def do(self, sql: str, *values: Any) -> int:
+        """Runs a statement; returns how many rows it changed."""
+        ...
+
+    async def do_many(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
+        """One statement for each row of values."""
+        ...
+
+    async def append(self, table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Inserts rows that are new, the fastest way there is. A key that exists fails the whole action."""
+        ...
+
+    async def among(self, sql: str, values: Sequence[Any], *, lock: bool = False) -> list[Row]:
+        """A SELECT with `IN (??)` for any number of values. `lock` holds the rows until the commit, in the order of
+        the values: sort them, so that two transactions never wait for each other."""
+        ...
+
+    async def now_ms(self) -> int:
+        """Milliseconds since 1970 by the one clock that all gateways of this database share."""
+        ...
+
+    async def announce(self, topic: str, subject: str = "") -> None:
+        """After the commit every gateway on this database hears of it within a second (`Store.listen`)."""
+        ...
+
+
+Action = Callable[[Transaction], Coroutine[Any, Any, T]]
+
+
+class Store(Protocol):
+    """A database that is open."""
+
+    async def open(self, migrations: Sequence[Migration]) -> None:
+        """Applies the migrations that are missing and keeps a copy from before. Raises StoreUnusable when the database
+        is newer than this program, cannot be reached, or is none."""
+        ...
+
+    async def run(self, action: Action[T]) -> T:
+        """Runs `action` and returns its result after the commit that covers it.
+
+        An exception of `action` undoes that action alone and is raised here. Cancelling the caller does not undo it.
+        """
+        ...
+
+    def listen(self, changed: Changed) -> None:
+        """`changed(topic, subject)` is called in the event loop for each announcement, those of this program included,
+        and as `changed("*", "")` when some may have been missed."""
+        ...
+
+    async def close(self) -> None:
+        """Finishes what was handed in, then closes. Safe to call twice."""
+        ...
+
+
+_Write = tuple[Action[Any], Future[Any]]
+
+
+class SqliteStore:
+    """One file, one program. `wall_clock` is Unix seconds."""
+
+    def __init__(self, path: Path, *, wall_clock: Callable[[], float]) -> None:
         self._path = path
+        self._wall_clock = wall_clock
         self._inbox: queue.Queue[_Write | None] = queue.Queue(maxsize=PENDING_WRITES_MAX)
         self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._listeners: list[Changed] = []
 
-    def open(self, migrations: Sequence[Migration]) -> None:
-        """Raises StoreUnusable when the file is newer than this program, or not a database."""
+    async def open(self, migrations: Sequence[Migration]) -> None:
+        self._loop = asyncio.get_running_loop()
         self._path.parent.mkdir(parents=True, exist_ok=True)
         existed = self._path.exists()
         connection = sqlite3.connect(self._path, isolation_level=None)
@@ -53,12 +129,12 @@ class Store:
                     f"{len(migrations)}): upgrade Gridmill, or use another --data folder"
                 )
             if existed and 0 < applied < len(migrations):
+                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # the copy is of one file
                 shutil.copy2(self._path, self._path.with_suffix(f".before-{len(migrations)}.sqlite"))
             for number in range(applied, len(migrations)):
                 connection.execute("BEGIN EXCLUSIVE")
-                for statement in migrations[number].split(";\n"):
-                    if statement.strip():
-                        connection.execute(statement)
+                for statement in statements_of(migrations[number]):
+                    connection.execute(statement)
                 connection.execute(f"PRAGMA user_version = {number + 1}")
                 connection.execute("COMMIT")
         except sqlite3.DatabaseError as error:
@@ -71,11 +147,7 @@ class Store:
         self._thread = threading.Thread(target=self._write_forever, name="gridmill-store", daemon=True)
         self._thread.start()
 
-    async def run(self, action: Callable[[sqlite3.Connection], T]) -> T:
-        """Runs `action` in the writer thread and returns its result after the commit that covers it.
-
-        An exception of `action` undoes that action alone and is raised here.
-        """
+    async def run(self, action: Action[T]) -> T:
         future: Future[T] = Future()
         try:
             self._inbox.put_nowait((action, future))
@@ -85,15 +157,17 @@ class Store:
             ) from None
         return await asyncio.wrap_future(future)
 
-    def close(self) -> None:
-        """Finishes what was handed in, then closes the file. Safe to call twice."""
+    def listen(self, changed: Changed) -> None:
+        self._listeners.append(changed)
+
+    async def close(self) -> None:
         thread, self._thread = self._thread, None
         if thread is not None:
             self._inbox.put(None)
-            thread.join()
+            await asyncio.to_thread(thread.join)
 
     def _write_forever(self) -> None:
-        connection = sqlite3.connect(self._path, isolation_level=None)
+        connection = sqlite3.connect(self._path, isolation_level=None, cached_statements=256)
         _set_up(connection)
         try:
             while (first := self._inbox.get()) is not None:
@@ -107,20 +181,76 @@ class Store:
                         self._inbox.put(None)
                         break
                     group.append(following)
-                _commit_group(connection, group)
+                self._tell(_commit_group(connection, self._wall_clock, group))
         finally:
             connection.close()
 
+    def _tell(self, announcements: Sequence[tuple[str, str]]) -> None:
+        if announcements and self._listeners and self._loop is not None:
+            try:
+                self._loop.call_soon_threadsafe(self._tell_all, list(announcements))
+            except RuntimeError:
+                pass  # the loop has ended, and with it everybody who listened
 
-def _commit_group(connection: sqlite3.Connection, group: Sequence[_Write]) -> None:
+    def _tell_all(self, announcements: list[tuple[str, str]]) -> None:
+        for topic, subject in announcements:
+            for changed in self._listeners:
+                changed(topic, subject)
+
+
+class _SqliteTransaction:
+    def __init__(self, connection: sqlite3.Connection, wall_clock: Callable[[], float]) -> None:
+        self._connection = connection
+        self._wall_clock = wall_clock
+        self.announcements: list[tuple[str, str]] = []
+
+    async def all(self, sql: str, *values: Any) -> list[Row]:
+        return self._connection.execute(sql, values).fetchall()
+
+    async def one(self, sql: str, *values: Any) -> Row | None:
+        rows = self._connection.execute(sql, values).fetchall()
+        return rows[0] if rows else None
+
+    async def do(self, sql: str, *values: Any) -> int:
+        return self._connection.execute(sql, values).rowcount
+
+    async def do_many(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
+        self._connection.executemany(sql, rows)
+
+    async def append(self, table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        marks = ",".join("?" * len(columns))
+        self._connection.executemany(f"INSERT INTO {table} ({','.join(columns)}) VALUES ({marks})", rows)
+
+    async def among(self, sql: str, values: Sequence[Any], *, lock: bool = False) -> list[Row]:
+        found: list[Row] = []  # there is one writer, so every row is ours until the commit
+        for start in range(0, len(values), AMONG_VALUES_MAX):
+            part = list(values[start : start + AMONG_VALUES_MAX])
+            # Lists of few different lengths share prepared statements; repeating a value changes nothing.
+            room = 1 << (len(part) - 1).bit_length()
+            part += part[-1:] * (room - len(part))
+            found += self._connection.execute(sql.replace("??", ",".join("?" * room)), part).fetchall()
+        return found
+
+    async def now_ms(self) -> int:
+        return int(self._wall_clock() * 1000)
+
+    async def announce(self, topic: str, subject: str = "") -> None:
+        self.announcements.append((topic, subject))
+
+
+def _commit_group(
+    connection: sqlite3.Connection, wall_clock: Callable[[], float], group: Sequence[_Write]
+) -> list[tuple[str, str]]:
     """Every future of the group ends here, whatever the disk does: a writer thread that died would hang all callers."""
     done: list[tuple[Future[Any], Any]] = []
+    announcements: list[tuple[str, str]] = []
     try:
         connection.execute("BEGIN IMMEDIATE")
         for action, future in group:
             connection.execute("SAVEPOINT one")
+            transaction = _SqliteTransaction(connection, wall_clock)
             try:
-                result = action(connection)
+                result = _run_at_once(action(transaction))
             except Exception as error:  # whatever the caller's own function raises is the caller's to see
                 if not connection.in_transaction:
                     raise  # A full disk: SQLite itself has undone the whole group.
@@ -128,6 +258,7 @@ def _commit_group(connection: sqlite3.Connection, group: Sequence[_Write]) -> No
                 _fail(future, error)
             else:
                 done.append((future, result))
+                announcements += transaction.announcements
             connection.execute("RELEASE one")
         connection.execute("COMMIT")
     except sqlite3.Error as error:
@@ -135,16 +266,32 @@ def _commit_group(connection: sqlite3.Connection, group: Sequence[_Write]) -> No
             connection.execute("ROLLBACK")
         for _, future in group:
             _fail(future, StoreUnusable(f"the database could not be written ({error}): nothing of this was kept"))
-        return
+        return []
     for future, result in done:
         if future.set_running_or_notify_cancel():
             future.set_result(result)
+    return announcements
+
+
+def _run_at_once(action: Coroutine[Any, Any, T]) -> T:
+    """Runs an action in this thread, without an event loop: SQLite's transaction never waits."""
+    try:
+        action.send(None)
+    except StopIteration as ended:
+        return ended.value  # type: ignore[no-any-return]
+    action.close()
+    raise RuntimeError("an action awaited something that is not its transaction")
 
 
 def _fail(future: Future[Any], error: BaseException) -> None:
     """A caller that stopped waiting has cancelled its future already."""
     if not future.done() and future.set_running_or_notify_cancel():
         future.set_exception(error)
+
+
+def statements_of(migration: Migration) -> list[str]:
+    """The statements of a migration, each of which ends with a semicolon at the end of a line."""
+    return [statement for statement in migration.split(";\n") if statement.strip()]
 
 
 def _set_up(connection: sqlite3.Connection) -> None:
