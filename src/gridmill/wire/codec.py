@@ -16,10 +16,12 @@ from gridmill.wire.classes import TOKENIZER_BYTES_MAX, ModelClass
 from gridmill.wire.identity import KEY_BYTES, SIGNATURE_BYTES
 from gridmill.wire.messages import (
     Accept,
+    Acknowledged,
     AnyMessage,
     Cancel,
     Chunk,
     ClassOffer,
+    Countersigned,
     Credit,
     Drain,
     Emission,
@@ -29,12 +31,16 @@ from gridmill.wire.messages import (
     Goodbye,
     Heartbeat,
     Hello,
+    Leaf,
     Listed,
     Offer,
     Offers,
+    Price,
     Proof,
     Ready,
+    Receipts,
     Refuse,
+    Statement,
     Step,
     Telemetry,
     Welcome,
@@ -50,6 +56,7 @@ GREETING_FRAME_BYTES_MAX = 8 << 10  # before Ready; the longest honest frame unt
 MESSAGE_BYTES_MAX = 4 << 20  # an Offer of a million ids: the longest context that public models claim
 STEP_BYTES_MAX = 1 << 20  # 64 streams × 20 top logprobs × 40 positions that piled up behind a slow socket
 LISTED_BYTES_MAX = 256 << 10  # as many listings as offers, each with the longest name and sentence
+RECEIPTS_BYTES_MAX = 256 << 10  # LEAVES_MAX leaves of at most 1 KiB each
 IDS_BYTES_MAX = MESSAGE_BYTES_MAX - (64 << 10)  # prompt and delivered ids together; the rest is room for Sampling
 TRANSFER_BYTES_MAX = TOKENIZER_BYTES_MAX  # one file: nothing else that is fetched comes near a tokenizer
 
@@ -59,6 +66,7 @@ BYTES_MAX: dict[type, int] = {
     Offers: MESSAGE_BYTES_MAX,
     Step: STEP_BYTES_MAX,
     Listed: LISTED_BYTES_MAX,
+    Receipts: RECEIPTS_BYTES_MAX,
 }
 
 # ---------------------------------------------------------------- counts, lengths and ranges
@@ -76,6 +84,11 @@ CODE_CHARS_MAX = 64  # machine-readable words such as "out_of_memory"
 DETAIL_CHARS_MAX = 500  # one sentence for a person
 CACHE_SALT_BYTES_MAX = 64  # a hash
 OFFERS_MAX = 64  # classes per node: weights for more do not fit one machine, and `echo` needs few
+LEAVES_MAX = 128  # leaves in one Receipts message, over all its statements
+STATEMENTS_MAX = 64  # as many as classes per node
+SALT_BYTES_MAX = 32  # what no one can guess takes 16
+HASH_BYTES = 32
+PRICE_NANOCREDITS_MAX = 10**9  # one credit per token; with the longest context a sum stays far below 63 bits
 WEIGHT_FILES_MAX = 2048  # the largest public checkpoints have under 300 files
 FILE_NAME_CHARS_MAX = 255  # what file systems allow
 SLOTS_MAX = 1 << 16  # a node that claims more works at once is mistaken
@@ -245,6 +258,13 @@ def _check_class_offer(offer: ClassOffer) -> None:
     _check_word(offer.engine, CODE_CHARS_MAX, "engine")
     _check_hint(offer.decode_tokens_per_second, "decode_tokens_per_second")
     _check_hint(offer.prefill_tokens_per_second, "prefill_tokens_per_second")
+    _check_price(offer.price)
+
+
+def _check_price(price: Price) -> None:
+    for name in ("input_nanocredits", "cached_input_nanocredits", "output_nanocredits"):
+        _check_range(getattr(price, name), PRICE_NANOCREDITS_MAX + 1, name)
+    _require(price.cached_input_nanocredits <= price.input_nanocredits, "cached input must not cost more than other")
 
 
 def _check_model_class(model_class: ModelClass) -> None:
@@ -301,6 +321,8 @@ def _check_generate(work: Generate) -> None:
     _require(len(work.delivered) // 4 <= work.sampling.max_tokens, "delivered holds more ids than max_tokens")
     _require(len(work.cache_salt) <= CACHE_SALT_BYTES_MAX, f"cache_salt is over {CACHE_SALT_BYTES_MAX} bytes")
     _check_range(work.epoch, UINT32_LIMIT, "epoch")
+    _check_price(work.price)
+    _require(len(work.salt) <= SALT_BYTES_MAX, f"salt is over {SALT_BYTES_MAX} bytes")
 
 
 def _check_accept(message: Accept) -> None:
@@ -347,6 +369,10 @@ def _check_end(end: End) -> None:
     _check_range(end.cached_tokens, UINT32_LIMIT, "cached_tokens")
     _check_line(end.code, CODE_CHARS_MAX, "code")
     _check_line(end.detail, DETAIL_CHARS_MAX, "detail")
+    if end.signature:
+        _check_signature(end.signature, "signature")
+    if end.commit_root:
+        _require(len(end.commit_root) == HASH_BYTES, f"commit_root must be {HASH_BYTES} bytes")
 
 
 def _check_credit(message: Credit) -> None:
@@ -359,6 +385,63 @@ def _check_credit(message: Credit) -> None:
 def _check_cancel(message: Cancel) -> None:
     _check_range(message.stream, UINT32_LIMIT, "stream", least=1)
     _check_range(message.keep, UINT32_LIMIT, "keep", least=-1)
+
+
+def _check_receipts(message: Receipts) -> None:
+    _require(1 <= len(message.statements) <= STATEMENTS_MAX, f"statements must be 1 to {STATEMENTS_MAX}")
+    _require(sum(len(s.leaves) for s in message.statements) <= LEAVES_MAX, f"leaves are over {LEAVES_MAX}")
+    for signed in message.statements:
+        _check_statement(signed.statement)
+        _check_signature(signed.signature, "signature")
+        for leaf in signed.leaves:
+            _check_leaf(leaf)
+
+
+def _check_statement(statement: Statement) -> None:
+    _check_key(statement.network_key, "network_key")
+    _check_key(statement.node_key, "node_key")
+    _check_sha256(statement.class_id, "class_id")
+    _require(len(statement.head) == HASH_BYTES, f"head must be {HASH_BYTES} bytes")
+    _check_range(statement.period_seconds, UINT32_LIMIT, "period_seconds", least=1)
+    for name in ("period_start_seconds", "seq", "input_tokens", "cached_tokens", "output_tokens", "pay_nanocredits"):
+        _check_range(getattr(statement, name), INT63_LIMIT, name)
+
+
+def _check_leaf(leaf: Leaf) -> None:
+    _check_word(leaf.work_id, ID_CHARS_MAX, "work_id")
+    _check_word(leaf.price_id, ID_CHARS_MAX, "price_id", chars_min=0)
+    _check_word(leaf.finish, CODE_CHARS_MAX, "finish")
+    _check_price(leaf.price)
+    for name in ("prompt_hash", "output_hash"):
+        _require(len(getattr(leaf, name)) == HASH_BYTES, f"{name} must be {HASH_BYTES} bytes")
+    _require(len(leaf.commit_root) in (0, HASH_BYTES), f"commit_root must be {HASH_BYTES} bytes or none")
+    _require(len(leaf.claim) in (0, SIGNATURE_BYTES), f"claim must be {SIGNATURE_BYTES} bytes or none")
+    _check_range(leaf.epoch, UINT32_LIMIT, "epoch")
+    for name in (
+        *("start", "input_tokens", "cached_tokens", "output_tokens"),
+        *("pay_nanocredits", "charge_nanocredits", "started_ms", "ended_ms"),
+    ):
+        _check_range(getattr(leaf, name), INT63_LIMIT, name)
+
+
+def _check_countersigned(message: Countersigned) -> None:
+    _require(1 <= len(message.signatures) <= STATEMENTS_MAX, f"signatures must be 1 to {STATEMENTS_MAX}")
+    for entry in message.signatures:
+        _check_sha256(entry.class_id, "class_id")
+        _check_range(entry.period_start_seconds, INT63_LIMIT, "period_start_seconds")
+        _check_range(entry.seq, INT63_LIMIT, "seq")
+        if entry.signature:
+            _check_signature(entry.signature, "signature")
+        _check_line(entry.remark, DETAIL_CHARS_MAX, "remark")
+        _require(bool(entry.signature or entry.remark), "neither a signature nor a reason why there is none")
+
+
+def _check_acknowledged(message: Acknowledged) -> None:
+    _require(1 <= len(message.statements) <= STATEMENTS_MAX, f"statements must be 1 to {STATEMENTS_MAX}")
+    for class_id, period_start_seconds, seq in message.statements:
+        _check_sha256(class_id, "class_id")
+        _check_range(period_start_seconds, INT63_LIMIT, "period_start_seconds")
+        _check_range(seq, INT63_LIMIT, "seq")
 
 
 def _check_heartbeat(message: Heartbeat) -> None:
@@ -399,6 +482,9 @@ _CHECKS: dict[type, Callable[[Any], None]] = {
     Step: _check_step,
     Credit: _check_credit,
     Cancel: _check_cancel,
+    Receipts: _check_receipts,
+    Countersigned: _check_countersigned,
+    Acknowledged: _check_acknowledged,
     Heartbeat: _check_heartbeat,
     Drain: _check_drain,
     Goodbye: _check_goodbye,

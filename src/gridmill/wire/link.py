@@ -27,9 +27,11 @@ from gridmill.wire.identity import Identity, check_certificate, greeting_transcr
 from gridmill.wire.messages import (
     VERSIONS,
     Accept,
+    Acknowledged,
     AnyMessage,
     Cancel,
     Chunk,
+    Countersigned,
     Credit,
     Drain,
     Emission,
@@ -45,6 +47,7 @@ from gridmill.wire.messages import (
     OwnerId,
     Proof,
     Ready,
+    Receipts,
     Refuse,
     Step,
     Telemetry,
@@ -94,7 +97,10 @@ class StreamState(StrEnum):
     ENDED = "ended"  # forgotten; a number no greater than the last one offered means this
 
 
-_AT_WORK: tuple[type, ...] = (Offers, Fetch, Chunk, Listed, Offer, Accept, Refuse, Step, Credit, Cancel, Heartbeat)
+_AT_WORK: tuple[type, ...] = (
+    *(Offers, Fetch, Chunk, Listed, Offer, Accept, Refuse, Step, Credit, Cancel),
+    *(Receipts, Countersigned, Acknowledged, Heartbeat),
+)
 
 NEXT: dict[tuple[State, type], State] = {
     (State.DIALLED, Hello): State.GREETED,
@@ -123,6 +129,9 @@ SENDERS: dict[type, tuple[Role, ...]] = {
     Step: (Role.NODE,),
     Credit: (Role.NETWORK,),
     Cancel: (Role.NETWORK,),
+    Receipts: (Role.NETWORK,),
+    Countersigned: (Role.NODE,),
+    Acknowledged: (Role.NETWORK,),
     Heartbeat: (Role.NODE, Role.NETWORK),
     Drain: (Role.NODE, Role.NETWORK),
     Goodbye: (Role.NODE, Role.NETWORK),

@@ -73,6 +73,17 @@ class Ready(Message, frozen=True, array_like=True, tag="ready"):
 # ---------------------------------------------------------------- what a node can serve
 
 
+class Price(msgspec.Struct, frozen=True, array_like=True):
+    """What a node asks, in nanocredits (10^-9 credit) per token. All zero: it serves for nothing.
+
+    Input found cached by the network's own record costs `cached_input_nanocredits`, never more than other input.
+    """
+
+    input_nanocredits: int = 0
+    cached_input_nanocredits: int = 0
+    output_nanocredits: int = 0
+
+
 class ClassOffer(msgspec.Struct, frozen=True, array_like=True):
     """One class that a node serves under a name. Speeds are hints; the network believes its own clock."""
 
@@ -82,6 +93,7 @@ class ClassOffer(msgspec.Struct, frozen=True, array_like=True):
     engine: str
     decode_tokens_per_second: float = 0.0
     prefill_tokens_per_second: float = 0.0
+    price: Price = Price()
 
 
 class Offers(Message, frozen=True, array_like=True, tag="offers"):
@@ -129,7 +141,8 @@ class Generate(msgspec.Struct, frozen=True, array_like=True, tag="generate"):
 
     `prompt` and `delivered` are packed uint32 little-endian (`sampling.pack_ids`). `delivered` are output ids that
     another node already produced: the engine treats them as output (penalties, positions) and continues after them.
-    `sampling.max_tokens` counts the delivered ids too.
+    `sampling.max_tokens` counts the delivered ids too. `price` is the node's own, as the network understood it; a node
+    refuses one that it never offered. `salt` goes into the hashes of the receipt, so that nobody else can guess at texts.
     """
 
     work_id: str
@@ -139,6 +152,8 @@ class Generate(msgspec.Struct, frozen=True, array_like=True, tag="generate"):
     cache_salt: bytes = b""
     delivered: bytes = b""
     epoch: int = 0
+    price: Price = Price()
+    salt: bytes = b""
 
 
 class Offer(Message, frozen=True, array_like=True, tag="offer"):
@@ -175,6 +190,8 @@ class End(msgspec.Struct, frozen=True, array_like=True):
     """The last word on a stream. `count` is how many output ids the node says it sent in all, `delivered` excluded.
 
     kind: stop | length | cancelled (finished), failed (the node's fault). `cached_tokens`: prompt ids not recomputed.
+    `signature` is the node's claim (`receipts.claim_bytes`) over work, class, output hash and `commit_root`, made before
+    the network adds anything: what the audit lottery draws from. Empty from a node that keeps no receipts.
     """
 
     stream: int
@@ -183,6 +200,8 @@ class End(msgspec.Struct, frozen=True, array_like=True):
     cached_tokens: int = 0
     code: str = ""
     detail: str = ""
+    commit_root: bytes = b""
+    signature: bytes = b""
 
 
 class Step(Message, frozen=True, array_like=True, tag="step"):
@@ -203,6 +222,96 @@ class Cancel(Message, frozen=True, array_like=True, tag="cancel"):
 
     stream: int
     keep: int = -1
+
+
+# ---------------------------------------------------------------- receipts
+
+
+class Leaf(msgspec.Struct, frozen=True, array_like=True):
+    """One work, or one node's segment of it, as both sides sign for it. Hashes are SHA-256 (`receipts.ids_hash`).
+
+    `start` is the output position of the segment's first id; `output_tokens` counts this segment's ids alone, delivered
+    ones. `cached_tokens` is part of `input_tokens`. `pay_nanocredits` is what the node earns, `charge_nanocredits` what
+    the user pays for this segment, the network's fee included. `finish`: stop, length, cancelled, failed or lost.
+    """
+
+    work_id: str
+    epoch: int
+    start: int
+    prompt_hash: bytes
+    output_hash: bytes
+    input_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    price_id: str
+    price: Price
+    pay_nanocredits: int
+    charge_nanocredits: int
+    started_ms: int
+    ended_ms: int
+    finish: str
+    commit_root: bytes
+    claim: bytes
+
+
+class Statement(msgspec.Struct, frozen=True, array_like=True):
+    """The running totals of one node, class and period after `seq` leaves, and the hash chain over those leaves.
+
+    Totals only grow, so the statement with the highest `seq` says all that earlier ones did: losing or repeating one
+    is harmless. `period_start_seconds` is Unix time, a multiple of `period_seconds`.
+    """
+
+    network_key: bytes
+    node_key: bytes
+    class_id: str
+    period_start_seconds: int
+    period_seconds: int
+    seq: int
+    input_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    pay_nanocredits: int
+    head: bytes
+
+
+class SignedStatement(msgspec.Struct, frozen=True, array_like=True):
+    """A statement, the network's signature, and the leaves since the statement before: the last has number `seq`."""
+
+    statement: Statement
+    leaves: tuple[Leaf, ...]
+    signature: bytes
+
+
+class Receipts(Message, frozen=True, array_like=True, tag="receipts"):
+    """Network. What it has settled, and again after each join whatever the node has not countersigned yet."""
+
+    statements: tuple[SignedStatement, ...]
+
+
+class Countersignature(msgspec.Struct, frozen=True, array_like=True):
+    """The node's signature over a statement's own bytes, or none and the reason why it disputes it.
+
+    `remark` is empty when the node's own record agrees, `no_record` when it lost that record (a crash) and takes the
+    network's word, else one sentence.
+    """
+
+    class_id: str
+    period_start_seconds: int
+    seq: int
+    signature: bytes
+    remark: str = ""
+
+
+class Countersigned(Message, frozen=True, array_like=True, tag="countersigned"):
+    """Node, in answer to Receipts."""
+
+    signatures: tuple[Countersignature, ...]
+
+
+class Acknowledged(Message, frozen=True, array_like=True, tag="acknowledged"):
+    """Network. It has these countersignatures on disk: (class id, period, seq). The node need not send them again."""
+
+    statements: tuple[tuple[str, int, int], ...]
 
 
 # ---------------------------------------------------------------- keeping in touch, and leaving
@@ -256,6 +365,9 @@ AnyMessage = (
     | Step
     | Credit
     | Cancel
+    | Receipts
+    | Countersigned
+    | Acknowledged
     | Heartbeat
     | Drain
     | Goodbye

@@ -1,0 +1,131 @@
+"""What a work costs, as integers: node prices, the network's fee, and how one charge is split.
+
+Pure functions. A charge grows with every token, so what is held for the most that a work can use is never exceeded by
+what it did use. The user pays the node's price and the fee on top; the fee is split between the network, the pool that
+pays for audits and the reserve that pays for failovers, to the nanocredit (largest remainder).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from gridmill.wire.messages import Price
+
+BASIS_POINTS = 10_000  # one hundredth of a percent
+
+
+class FeePolicy(msgspec.Struct, frozen=True):
+    """What the network adds: `fee` on top of the node's pay; `audit` and `reserve` are shares of that fee."""
+
+    fee_basis_points: int = 500
+    audit_share_basis_points: int = 1000
+    reserve_share_basis_points: int = 1000
+
+
+class PriceRow(msgspec.Struct, frozen=True):
+    """One version of one node's price for one class, with the fee that held when it was made. Never changed."""
+
+    price_id: str
+    price: Price
+    fees: FeePolicy
+
+    @property
+    def free(self) -> bool:
+        return not (
+            self.price.input_nanocredits or self.price.cached_input_nanocredits or self.price.output_nanocredits
+        )
+
+
+FREE = PriceRow("free", Price(), FeePolicy())
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Tokens that count. `cached_tokens` is a part of `input_tokens`."""
+
+    input_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+
+
+class Charge(msgspec.Struct, frozen=True):
+    """All in nanocredits: `total` is what the user pays and the sum of the other four."""
+
+    total: int = 0
+    node: int = 0
+    network: int = 0
+    audit: int = 0
+    reserve: int = 0
+
+
+NOTHING = Charge()
+
+
+def charge(row: PriceRow, usage: Usage) -> Charge:
+    """What these tokens cost under this row."""
+    price, fees = row.price, row.fees
+    node = (
+        (usage.input_tokens - usage.cached_tokens) * price.input_nanocredits
+        + usage.cached_tokens * price.cached_input_nanocredits
+        + usage.output_tokens * price.output_nanocredits
+    )
+    if not node:
+        return NOTHING
+    fee = -(-node * fees.fee_basis_points // BASIS_POINTS)  # rounded up: at most one nanocredit
+    network, audit, reserve = split(
+        fee,
+        (
+            BASIS_POINTS - fees.audit_share_basis_points - fees.reserve_share_basis_points,
+            fees.audit_share_basis_points,
+            fees.reserve_share_basis_points,
+        ),
+    )
+    return Charge(node + fee, node, network, audit, reserve)
+
+
+def most(row: PriceRow, input_tokens: int, max_tokens: int) -> int:
+    """The most that a work can cost the user: nothing cached, every token made."""
+    return charge(row, Usage(input_tokens, 0, max_tokens)).total
+
+
+def affordable_tokens(row: PriceRow, input_tokens: int, nanocredits: int, at_most: int) -> int:
+    """How many output tokens that much buys after the prompt; -1 when it does not even buy the prompt."""
+    if most(row, input_tokens, at_most) <= nanocredits:
+        return at_most
+    low, high = -1, at_most  # low fits (or is the answer), high does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        if most(row, input_tokens, middle) <= nanocredits:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def dearest(rows: Iterable[PriceRow], input_tokens: int, max_tokens: int) -> PriceRow:
+    return max(rows, key=lambda row: most(row, input_tokens, max_tokens))
+
+
+def cheapest(rows: Iterable[PriceRow], input_tokens: int, max_tokens: int) -> PriceRow:
+    return min(rows, key=lambda row: most(row, input_tokens, max_tokens))
+
+
+def within(row: PriceRow, cap: Price | None) -> bool:
+    """Whether what a user pays per token, the fee included, stays within `cap` for input and for output."""
+    if cap is None:
+        return True
+    return (
+        charge(row, Usage(1, 0, 0)).total <= cap.input_nanocredits
+        and charge(row, Usage(0, 0, 1)).total <= cap.output_nanocredits
+    )
+
+
+def split(amount: int, shares: Sequence[int]) -> tuple[int, ...]:
+    """Whole parts of `amount` in proportion to `shares`, adding up to it: the largest remainders get the rest."""
+    whole = sum(shares)
+    parts = [amount * share // whole for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda i: (-(amount * shares[i] % whole), i))
+    for i in by_remainder[: amount - sum(parts)]:
+        parts[i] += 1
+    return tuple(parts)
