@@ -15,8 +15,8 @@ correction is another transfer.
     rail:CHAIN:hot  rail:CHAIN:fees
     rail:CHAIN:external  loss  fx:A/B       the outside: may be negative, so that the sum of all accounts is zero
 
-Commands are decided over a Book (a snapshot of the rows they touch) by pure functions and written in one go, so that one
-database transaction carries hundreds of them.
+Commands are decided over a Book (a snapshot of the rows they touch) by pure functions and written in one go, so that
+one database transaction carries hundreds of them.
 """
 
 from __future__ import annotations

@@ -142,7 +142,7 @@ class Generate(msgspec.Struct, frozen=True, array_like=True, tag="generate"):
     `prompt` and `delivered` are packed uint32 little-endian (`sampling.pack_ids`). `delivered` are output ids that
     another node already produced: the engine treats them as output (penalties, positions) and continues after them.
     `sampling.max_tokens` counts the delivered ids too. `price` is the node's own, as the network understood it; a node
-    refuses one that it never offered. `salt` goes into the hashes of the receipt, so that nobody else can guess at texts.
+    refuses one that it never offered. `salt` goes into the receipt's hashes, so that nobody else can guess at texts.
     """
 
     work_id: str
@@ -190,8 +190,8 @@ class End(msgspec.Struct, frozen=True, array_like=True):
     """The last word on a stream. `count` is how many output ids the node says it sent in all, `delivered` excluded.
 
     kind: stop | length | cancelled (finished), failed (the node's fault). `cached_tokens`: prompt ids not recomputed.
-    `signature` is the node's claim (`receipts.claim_bytes`) over work, class, output hash and `commit_root`, made before
-    the network adds anything: what the audit lottery draws from. Empty from a node that keeps no receipts.
+    `signature` is the node's claim (`receipts.claim_bytes`) over work, class, output hash and `commit_root`, made
+    before the network adds anything: what the audit lottery draws from. Empty from a node that keeps no receipts.
     """
 
     stream: int
