@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gridmill.network.accounts import Accounts, KeyId
+from gridmill.network.metering import PriceRow
 from gridmill.network.registry import NodeRecord, Registry
 from gridmill.network.store import StoreUnusable
 from gridmill.network.text import TextError, TextService
@@ -400,7 +401,7 @@ class Links:
         older = self._by_node.pop(proven.node_id, None)
         if older is not None:
             older.conversation.close(Reason.SUPERSEDED, "the same node joined again")
-        node_link.record = self.registry.join(proven.node_id, proven.owner_id, proven.software)
+        node_link.record = self.registry.join(proven.node_id, proven.owner_id, proven.software, proven.node_key)
         self._by_node[proven.node_id] = node_link
         node_link.conversation.admit()
 
@@ -450,6 +451,7 @@ class Links:
         record = node_link.record
         assert record is not None
         served: list[ClassOffer] = []
+        prices: dict[ClassId, PriceRow] = {}
         held_back: list[ClassOffer] = []
         listings: list[Listing] = []
         for offer in wanted.offers:
@@ -463,8 +465,10 @@ class Links:
                 continue
             try:
                 await self._learn(node_link, offer)
+                class_id = offer.model_class.class_id
+                prices[class_id] = await self.registry.price_row(record.node_id, class_id, offer.price)
                 if self.registry.may_name(record.node_id):
-                    await self.registry.approve(offer.name, offer.model_class.class_id, by=record.node_id)
+                    await self.registry.approve(offer.name, class_id, by=record.node_id)
             except LinkLost:
                 return
             except (ValueError, RecursionError, TextError, OSError, StoreUnusable) as problem:
@@ -480,7 +484,7 @@ class Links:
         if self._latest_offers.get(node_link) is not wanted:
             return  # The node said something newer, or left, while its files were on the way.
         self.registry.hold_back(record, held_back)
-        self.registry.offer(record, served)
+        self.registry.offer(record, served, prices)
         node_link.conversation.send(Listed(tuple(listings)))
         log.info("node serves", extra={"node": record.node_id, "models": [offer.name for offer in served]})
 

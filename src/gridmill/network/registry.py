@@ -7,17 +7,22 @@ anything.
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 import hashlib
+import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Literal
 
 import msgspec
 
 from gridmill.network.detokenise import ClassText
-from gridmill.network.store import Row, Store, Transaction
+from gridmill.network.metering import FREE, FeePolicy, PriceRow
+from gridmill.network.store import Row, Store, StoreUnusable, Transaction
 from gridmill.wire.classes import CLASS_ID_SHORT, ClassId, ModelClass, TextFacts, facts_bytes, parse_facts
-from gridmill.wire.messages import ClassOffer, NodeId, OwnerId, Telemetry
+from gridmill.wire.messages import ClassOffer, NodeId, OwnerId, Price, Telemetry
+
+log = logging.getLogger("gridmill.network.registry")
 
 MIGRATION = """
 CREATE TABLE classes (
@@ -33,6 +38,23 @@ CREATE TABLE class_names (
     approved_by TEXT NOT NULL,
     approved_seconds BIGINT NOT NULL,
     PRIMARY KEY (name, class_id)
+);
+"""
+
+PRICES_MIGRATION = """
+CREATE TABLE prices (
+    price_id TEXT PRIMARY KEY,
+    node_id TEXT NOT NULL,
+    class_id TEXT NOT NULL,
+    version BIGINT NOT NULL,
+    input_nanocredits BIGINT NOT NULL,
+    cached_input_nanocredits BIGINT NOT NULL,
+    output_nanocredits BIGINT NOT NULL,
+    fee_basis_points BIGINT NOT NULL,
+    audit_share_basis_points BIGINT NOT NULL,
+    reserve_share_basis_points BIGINT NOT NULL,
+    since_seconds BIGINT NOT NULL,
+    UNIQUE (node_id, class_id, version)
 );
 """
 
@@ -76,6 +98,7 @@ class NodeView(msgspec.Struct, frozen=True):
     draining: bool
     decode_tokens_per_second: float
     prefill_tokens_per_second: float
+    price: PriceRow = FREE
 
     @property
     def free_slots(self) -> int:
@@ -100,8 +123,11 @@ class PendingOffer(msgspec.Struct, frozen=True):
 class NodeRecord:
     """What is known of one connected node. Only the Registry changes it."""
 
-    def __init__(self, node_id: NodeId, owner_id: OwnerId, software: str, joined_seconds: float) -> None:
+    def __init__(
+        self, node_id: NodeId, owner_id: OwnerId, software: str, joined_seconds: float, node_key: bytes = b""
+    ) -> None:
         self.node_id = node_id
+        self.node_key = node_key
         self.owner_id = owner_id
         self.software = software
         self.joined_seconds = joined_seconds
@@ -109,6 +135,7 @@ class NodeRecord:
         self.telemetry = Telemetry()
         self.round_trip_seconds = 0.0
         self.offers: dict[ClassId, ClassOffer] = {}
+        self.prices: dict[ClassId, PriceRow] = {}
         self.in_flight: dict[ClassId, int] = {}
         self.decode_speed: dict[ClassId, float] = {}
         self.prefill_speed: dict[ClassId, float] = {}
@@ -123,12 +150,14 @@ class Registry:
         *,
         approve: ApproveMode,
         own_nodes: Collection[NodeId] = (),
+        fees: FeePolicy | None = None,
         now: Callable[[], float],
         changed: Callable[[ClassId], None] = lambda class_id: None,
     ) -> None:
         self._store = store
         self._approve = approve
         self._own_nodes = frozenset(own_nodes)
+        self._fees = fees or FeePolicy()
         self._now = now
         self.changed = changed
         self._nodes: dict[NodeId, NodeRecord] = {}
@@ -138,6 +167,7 @@ class Registry:
         self._pending: dict[tuple[NodeId, str], PendingOffer] = {}
         self._views: dict[str, tuple[NodeView, ...]] = {}
         self._stale: set[ClassId] = set()
+        self._outdated = asyncio.Event()
 
     # ------------------------------------------------------------ names and classes
 
@@ -150,6 +180,7 @@ class Registry:
             return classes, names
 
         classes, names = await self._store.run(read)
+        self._names = {}
         for class_id, model_class, facts, first_seen in classes:
             self._classes[ClassId(class_id)] = (
                 msgspec.json.decode(model_class, type=ModelClass),
@@ -158,6 +189,21 @@ class Registry:
             )
         for name, class_id in names:
             self._names.setdefault(name, []).append(ClassId(class_id))
+
+    def heard(self, topic: str, subject: str) -> None:
+        """What the store announces: another gateway may have approved a name or withdrawn one."""
+        if topic in ("names", "*"):
+            self._outdated.set()
+
+    async def watch(self) -> None:
+        """Reloads names after announcements, for as long as the program runs."""
+        while True:
+            await self._outdated.wait()
+            self._outdated.clear()
+            try:
+                await self.load()
+            except StoreUnusable as problem:
+                log.warning("names could not be read again", extra={"reason": str(problem)})
 
     def resolve(self, name: str) -> ModelCard:
         """The card of NAME or NAME@CLASS8. A known name without a live node resolves too: dispatch says that.
@@ -226,6 +272,7 @@ class Registry:
                 by,
                 moment,
             )
+            await transaction.announce("names", name)
 
         await self._store.run(insert)
         self._names.setdefault(name, []).append(class_id)
@@ -237,6 +284,7 @@ class Registry:
 
         async def delete(transaction: Transaction) -> None:
             await transaction.do("DELETE FROM class_names WHERE name = ? AND class_id = ?", name, class_id)
+            await transaction.announce("names", name)
 
         await self._store.run(delete)
         self._names[name].remove(class_id)
@@ -270,6 +318,7 @@ class Registry:
                     facts_bytes(facts).decode(),
                     moment,
                 )
+                await transaction.announce("names")
 
             await self._store.run(insert)
             self._classes[class_id] = (model_class, facts, moment)
@@ -280,10 +329,50 @@ class Registry:
 
     # ------------------------------------------------------------ nodes
 
-    def join(self, node_id: NodeId, owner_id: OwnerId, software: str) -> NodeRecord:
+    async def price_row(self, node_id: NodeId, class_id: ClassId, price: Price) -> PriceRow:
+        """The row of this price at today's fee: the node's latest if nothing has changed, else a new version."""
+        if price == Price():
+            return FREE
+        fees, moment = self._fees, int(self._now())
+
+        async def find_or_insert(transaction: Transaction) -> PriceRow:
+            latest = await transaction.one(
+                "SELECT version, price_id, input_nanocredits, cached_input_nanocredits, output_nanocredits,"
+                " fee_basis_points, audit_share_basis_points, reserve_share_basis_points"
+                " FROM prices WHERE node_id = ? AND class_id = ? ORDER BY version DESC LIMIT 1",
+                node_id,
+                class_id,
+            )
+            numbers = (
+                *(price.input_nanocredits, price.cached_input_nanocredits, price.output_nanocredits),
+                *(fees.fee_basis_points, fees.audit_share_basis_points, fees.reserve_share_basis_points),
+            )
+            if latest is not None and tuple(latest[2:]) == numbers:
+                return PriceRow(latest[1], price, fees)
+            version = 1 if latest is None else latest[0] + 1
+            words = "\0".join(map(str, (node_id, class_id, version, *numbers)))
+            price_id = "price-" + hashlib.sha256(words.encode()).hexdigest()[:20]
+            await transaction.append(
+                "prices",
+                (
+                    *("price_id", "node_id", "class_id", "version"),
+                    *("input_nanocredits", "cached_input_nanocredits", "output_nanocredits"),
+                    *("fee_basis_points", "audit_share_basis_points", "reserve_share_basis_points", "since_seconds"),
+                ),
+                [(price_id, node_id, class_id, version, *numbers, moment)],
+            )
+            return PriceRow(price_id, price, fees)
+
+        return await self._store.run(find_or_insert)
+
+    def price_rows(self, class_id: str) -> list[PriceRow]:
+        """What the nodes that serve this class now ask; empty when nobody does."""
+        return [view.price for view in self._view(ClassId(class_id)) if not view.draining]
+
+    def join(self, node_id: NodeId, owner_id: OwnerId, software: str, node_key: bytes = b"") -> NodeRecord:
         """A new conversation of this node. What an older one offered is gone from this moment."""
         older = self._nodes.get(node_id)
-        record = NodeRecord(node_id, owner_id, software, self._now())
+        record = NodeRecord(node_id, owner_id, software, self._now(), node_key)
         self._nodes[node_id] = record
         if older is not None:
             self._drop_pending(node_id)
@@ -297,12 +386,15 @@ class Registry:
             self._drop_pending(record.node_id)
             self._refresh(record, record.offers)
 
-    def offer(self, record: NodeRecord, offers: Iterable[ClassOffer]) -> None:
-        """Replaces what this node serves. Only offers whose class text is here are served."""
+    def offer(
+        self, record: NodeRecord, offers: Iterable[ClassOffer], prices: Mapping[ClassId, PriceRow] | None = None
+    ) -> None:
+        """Replaces what this node serves, and for how much. Only offers whose class text is here are served."""
         if self._nodes.get(record.node_id) is not record:
             return  # The node has joined again since; that conversation's offers count.
         before = set(record.offers)
         record.offers = {offer.model_class.class_id: offer for offer in offers}
+        record.prices = dict(prices or {})
         for class_id in record.offers:
             record.in_flight.setdefault(class_id, 0)
         self._refresh(record, before | set(record.offers))
@@ -382,6 +474,7 @@ class Registry:
                 prefill_tokens_per_second=record.prefill_speed.get(class_id)
                 or offer.prefill_tokens_per_second
                 or PREFILL_TOKENS_PER_SECOND_UNKNOWN,
+                price=record.prices.get(class_id, FREE),
             )
             for record in self._nodes.values()
             if (offer := record.offers.get(class_id)) is not None
