@@ -1,44 +1,70 @@
-"""Keys work until they are revoked, and nothing that is stored gives one away."""
+"""Keys work until they are revoked, expire or their account is frozen, and nothing that is stored gives one away."""
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
 
 import pytest
 
-from gridmill.network import accounts
-from gridmill.network.accounts import Accounts, UnknownKey
-from gridmill.network.store import SqliteStore
+from gridmill.network import accounts, registry
+from gridmill.network.accounts import Account, Accounts, KeyId, UnknownAccount, UnknownKey
+from gridmill.network.operator import MIGRATIONS
+from gridmill.network.store import SqliteStore, Store, StoreUnusable
+
+NOW = 1000.0
+
+
+class Clock:
+    now = NOW
+
+    def __call__(self) -> float:
+        return self.now
 
 
 def with_accounts(path: Path, body: Callable[[Accounts], Awaitable[None]]) -> None:
+    async def with_store(store: Store) -> None:
+        await body(await loaded(store))
+
+    with_store_at(path, with_store)
+
+
+def with_store_at(path: Path, body: Callable[[Store], Awaitable[None]]) -> None:
     async def run() -> None:
-        store = SqliteStore(path, wall_clock=lambda: 1000.0)
-        await store.open((accounts.MIGRATION,))
+        store = SqliteStore(path, wall_clock=lambda: NOW)
+        await store.open(MIGRATIONS)
         try:
-            made = Accounts(store, now=lambda: 1000.0, entropy=secrets.token_bytes)
-            await made.load()
-            await body(made)
+            await body(store)
         finally:
             await store.close()
 
     asyncio.run(run())
 
 
+async def loaded(
+    store: Store,
+    now: Callable[[], float] = lambda: NOW,
+    revoked: Callable[[Collection[KeyId]], None] = lambda key_ids: None,
+) -> Accounts:
+    made = Accounts(store, now=now, entropy=secrets.token_bytes, revoked=revoked)
+    await made.load()
+    return made
+
+
 def test_a_created_key_authenticates_now_and_after_a_restart(tmp_path: Path) -> None:
-    kept: list[str] = []
+    kept: list[tuple[Account, str]] = []
 
     async def create(made: Accounts) -> None:
         row, secret = await made.create("alice", "inference")
-        kept.append(secret)
         account = made.authenticate(secret)
         assert account is not None
         assert (account.name, account.scopes, account.key_id) == ("alice", frozenset({"inference"}), row.key_id)
+        assert account.account_id == row.account_id
+        kept.append((account, secret))
 
     async def again(made: Accounts) -> None:
-        account = made.authenticate(kept[0])
-        assert account is not None and account.name == "alice"
+        account, secret = kept[0]
+        assert made.authenticate(secret) == account
 
     with_accounts(tmp_path / "a.sqlite", create)
     with_accounts(tmp_path / "a.sqlite", again)
@@ -81,6 +107,7 @@ def test_keys_that_were_never_made_are_refused(tmp_path: Path, wrong: str) -> No
     async def body(made: Accounts) -> None:
         await made.create("alice")
         assert made.authenticate(wrong) is None
+        assert "not known" in made.why_not(wrong)
 
     with_accounts(tmp_path / "a.sqlite", body)
 
@@ -90,5 +117,236 @@ def test_unusable_names_are_refused(tmp_path: Path, name: str) -> None:
     async def body(made: Accounts) -> None:
         with pytest.raises(ValueError, match="name"):
             await made.create(name)
+        with pytest.raises(ValueError, match="name"):
+            await made.create_account(name)
 
     with_accounts(tmp_path / "a.sqlite", body)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"scopes": "admin"},
+        {"scopes": ""},
+        {"scopes": ("inference", "root")},
+        {"requests_per_minute": 0},
+        {"requests_per_minute": 1.5},
+        {"cost_per_minute_nanocredits": -1},
+        {"budget_nanocredits": -1},
+        {"budget_nanocredits": 1 << 63},
+        {"budget_nanocredits": True},
+        {"expires_seconds": int(NOW)},
+    ],
+    ids=str,
+)
+def test_limits_that_cannot_be_are_refused(tmp_path: Path, wrong: dict[str, object]) -> None:
+    async def body(made: Accounts) -> None:
+        with pytest.raises(ValueError):
+            await made.create("alice", **wrong)  # type: ignore[arg-type]
+        assert made.rows() == []
+
+    with_accounts(tmp_path / "a.sqlite", body)
+
+
+def test_a_key_carries_its_limits_and_several_scopes_in_one_order(tmp_path: Path) -> None:
+    async def body(made: Accounts) -> None:
+        row, secret = await made.create(
+            "ci",
+            ["operator,node", "inference"],
+            requests_per_minute=60,
+            cost_per_minute_nanocredits=7,
+            expires_seconds=int(NOW) + 1,
+        )
+        assert row.scope == "inference,node,operator"
+        account = made.authenticate(secret)
+        assert account is not None
+        assert account.scopes == frozenset({"inference", "node", "operator"})
+        assert (account.requests_per_minute, account.cost_per_minute_nanocredits) == (60, 7)
+        assert not account.has_budget
+
+    with_accounts(tmp_path / "a.sqlite", body)
+
+
+def test_why_a_key_does_not_work_is_said_in_one_sentence(tmp_path: Path) -> None:
+    async def body(store: Store) -> None:
+        clock = Clock()
+        made = await loaded(store, clock)
+        _, revoked = await made.create("revoked")
+        _, expiring = await made.create("expiring", expires_seconds=int(NOW) + 10)
+        _, frozen = await made.create("frozen")
+        assert made.authenticate(expiring) is not None
+        await made.revoke("revoked")
+        await made.freeze("frozen")
+        clock.now = NOW + 10
+        for secret, word in ((revoked, "revoked"), (expiring, "expired"), (frozen, "frozen"), ("gm-x", "not known")):
+            assert made.authenticate(secret) is None
+            assert word in made.why_not(secret)
+        await made.unfreeze("frozen")
+        assert made.authenticate(frozen) is not None
+
+    with_store_at(tmp_path / "a.sqlite", body)
+
+
+def test_keys_of_one_account_are_frozen_together_and_others_are_not(tmp_path: Path) -> None:
+    async def body(store: Store) -> None:
+        gone: list[KeyId] = []
+        made = await loaded(store, revoked=gone.extend)
+        account = await made.create_account("acme")
+        first, secret = await made.create("laptop", account=account.account_id)
+        second, _ = await made.create("server", account="acme")
+        _, other = await made.create("other")
+        assert first.account_id == second.account_id == account.account_id
+        await made.freeze("acme")
+        assert set(gone) == {first.key_id, second.key_id}
+        assert made.authenticate(secret) is None and made.authenticate(other) is not None
+        frozen = (await made.freeze("laptop")).frozen_seconds  # again, by the name of a key
+        assert frozen == NOW
+
+    with_store_at(tmp_path / "a.sqlite", body)
+
+
+def test_an_account_is_found_by_what_names_it_alone(tmp_path: Path) -> None:
+    async def body(made: Accounts) -> None:
+        acme = await made.create_account("acme")
+        key, _ = await made.create("laptop", account="acme")
+        await made.create("twin")
+        await made.create("twin")
+        for name in (acme.account_id, "acme", key.key_id, "laptop"):
+            assert (await made.find(name)).account_id == acme.account_id
+        with pytest.raises(UnknownAccount, match="could mean"):
+            await made.find("twin")
+        with pytest.raises(UnknownAccount, match="no account"):
+            await made.find("nobody")
+        with pytest.raises(UnknownAccount):
+            await made.create("key", account="nobody")
+
+    with_accounts(tmp_path / "a.sqlite", body)
+
+
+def test_keys_from_before_accounts_become_members_of_accounts(tmp_path: Path) -> None:
+    path = tmp_path / "a.sqlite"
+
+    async def before() -> None:
+        store = SqliteStore(path, wall_clock=lambda: NOW)
+        await store.open((accounts.MIGRATION, registry.MIGRATION))
+        digest = accounts.hashlib.sha256(b"gm-old").digest()
+
+        async def insert(tx: accounts.Transaction) -> None:
+            await tx.do(
+                "INSERT INTO api_keys (key_id, account_id, name, scope, key_sha256, created_seconds)"
+                " VALUES ('key-1', 'account-1', 'old', 'inference', ?, 900)",
+                digest,
+            )
+
+        await store.run(insert)
+        await store.close()
+
+    async def after(made: Accounts) -> None:
+        account = made.authenticate("gm-old")
+        assert account is not None
+        assert (account.account_id, account.key_id, account.scopes) == ("account-1", "key-1", frozenset({"inference"}))
+        assert [(row.account_id, row.name, row.created_seconds) for row in made.accounts()] == [
+            ("account-1", "old", 900)
+        ]
+
+    asyncio.run(before())
+    with_accounts(path, after)
+
+
+# ---------------------------------------------------------------- several gateways on one database
+
+
+def test_what_one_gateway_changed_reaches_another_without_a_restart(tmp_path: Path) -> None:
+    async def body(store: Store) -> None:
+        here = await loaded(store)
+        gone: asyncio.Queue[Collection[KeyId]] = asyncio.Queue(10)
+        there = await loaded(store, revoked=gone.put_nowait)
+        watching = asyncio.create_task(there.watch())
+        try:
+            async with asyncio.timeout(10):
+                row, secret = await here.create("alice")
+                other, _ = await here.create("bob", account="alice")
+                while there.authenticate(secret) is None:
+                    await asyncio.sleep(0)
+                await here.revoke("alice")
+                assert set(await gone.get()) == {row.key_id}
+                assert there.authenticate(secret) is None
+                await here.freeze("bob")
+                assert set(await gone.get()) == {other.key_id}
+                await here.revoke("bob")
+                await there.reload()
+                assert gone.empty(), "a key that did not work is not revoked twice"
+        finally:
+            watching.cancel()
+
+    with_store_at(tmp_path / "a.sqlite", body)
+
+
+def test_after_missed_announcements_everything_is_read_again(tmp_path: Path) -> None:
+    async def body(store: Store) -> None:
+        here = await loaded(store)
+        _, secret = await here.create("alice")
+
+        class Deaf:  # announcements do not come through
+            run = store.run
+
+            def listen(self, changed: object) -> None:
+                pass
+
+        there = await loaded(Deaf())  # type: ignore[arg-type]
+        await here.revoke("alice")
+        await there.reload()
+        assert there.authenticate(secret) is not None, "nothing told it"
+        there.changed("*", "")
+        await there.reload()
+        assert there.authenticate(secret) is None
+
+    with_store_at(tmp_path / "a.sqlite", body)
+
+
+def test_changes_are_not_forgotten_when_the_database_fails_once(tmp_path: Path) -> None:
+    async def body(store: Store) -> None:
+        here = await loaded(store)
+        _, secret = await here.create("alice")
+
+        class Failing:
+            fails = False
+
+            async def run(self, action: object) -> object:
+                if self.fails:
+                    raise StoreUnusable("gone")
+                return await store.run(action)  # type: ignore[arg-type]
+
+            def listen(self, changed: object) -> None:
+                pass
+
+        failing = Failing()
+        there = await loaded(failing)  # type: ignore[arg-type]
+        row = (await here.revoke("alice"))[0]
+        failing.fails = True
+        there.changed("keys", row.key_id)
+        with pytest.raises(StoreUnusable):
+            await there.reload()
+        failing.fails = False
+        await there.reload()
+        assert there.authenticate(secret) is None
+
+    with_store_at(tmp_path / "a.sqlite", body)
+
+
+def test_a_node_is_noted_once_for_each_account_that_it_came_with(tmp_path: Path) -> None:
+    async def body(store: Store) -> None:
+        made = await loaded(store)
+        first, _ = await made.create("first", "node")
+        second, _ = await made.create("second", "node", account="first")
+        third, _ = await made.create("third", "node")
+        for key in (first, second, third):
+            await made.note_node("node-1", key.key_id)
+        await made.note_node("node-1", KeyId("key-unknown"))
+        rows = await store.run(lambda tx: tx.all("SELECT account_id, node_id, key_id FROM node_keys"))
+        assert set(rows) == {
+            (first.account_id, "node-1", second.key_id),
+            (third.account_id, "node-1", third.key_id),
+        }
+
+    with_store_at(tmp_path / "a.sqlite", body)

@@ -13,12 +13,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from gridmill.network import accounts as accounts_module
 from gridmill.network import dispatch as dispatch_module
-from gridmill.network import registry as registry_module
 from gridmill.network.accounts import Account, AccountId, Accounts, KeyId
 from gridmill.network.dispatch import CallerFault, Dispatcher, Enough, NodeFault, NoRoom, Outcome
 from gridmill.network.links import STREAM_CREDIT_IDS, Links
+from gridmill.network.operator import MIGRATIONS
 from gridmill.network.registry import Registry
 from gridmill.network.store import SqliteStore, Store
 from gridmill.wire.classes import ModelClass, TextFacts, facts_bytes
@@ -220,7 +219,7 @@ def play(tmp_path: Path, body: Callable[[World], Awaitable[None]], **options: An
     @asynccontextmanager
     async def world() -> Any:
         store = SqliteStore(tmp_path / "a.sqlite", wall_clock=lambda: 1000.0)
-        await store.open((accounts_module.MIGRATION, registry_module.MIGRATION))
+        await store.open(MIGRATIONS)
         try:
             async with asyncio.TaskGroup() as tasks:
                 made = World(tmp_path, tasks, store, **options)

@@ -17,7 +17,8 @@ from gridmill.network.links import Links
 from gridmill.network.registry import Registry, UnknownModel
 from gridmill.network.store import SqliteStore
 
-MIGRATIONS = (accounts_module.MIGRATION, registry_module.MIGRATION)
+# Append-only, in this order: databases remember how many of them they have.
+MIGRATIONS = (accounts_module.MIGRATION, registry_module.MIGRATION, accounts_module.ACCOUNTS_MIGRATION)
 
 
 class Operations:
@@ -61,7 +62,7 @@ class Operations:
 
     async def keys_create(self, name: str, scope: str = "inference") -> dict[str, Any]:
         try:
-            row, secret = await self._accounts.create(name, scope)  # type: ignore[arg-type]  # checked inside
+            row, secret = await self._accounts.create(name, scope)
         except ValueError as problem:
             raise ControlError(str(problem)) from problem
         return {"api_key": secret, **_key(row)}
