@@ -101,6 +101,22 @@ class Store(Protocol):
         ...
 
 
+def store_at(url_or_path: str | Path, *, wall_clock: Callable[[], float]) -> Store:
+    """A store, not open yet: a file for SQLite, or `postgresql://user:password@host/database`.
+
+    `wall_clock` (Unix seconds) is SQLite's only: PostgreSQL has a clock of its own, which all its gateways share.
+    """
+    if not str(url_or_path).startswith(("postgresql://", "postgres://")):
+        return SqliteStore(Path(url_or_path), wall_clock=wall_clock)
+    try:
+        from gridmill.network.store_postgres import PostgresStore
+    except ModuleNotFoundError as missing:
+        if missing.name != "asyncpg":
+            raise
+        raise StoreUnusable("PostgreSQL needs a library: install gridmill[postgres]") from None
+    return PostgresStore(str(url_or_path))
+
+
 _Write = tuple[Action[Any], Future[Any]]
 
 
