@@ -1,0 +1,74 @@
+"""Usage adds up to what was settled, whatever the order, and an account sees its own alone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from gridmill.network import usage
+from gridmill.network.accounts import AccountId, KeyId
+from gridmill.network.store import SqliteStore, Store
+from gridmill.network.usage import Total, UsageRow
+
+
+def used(key: str = "k1", model: str = "demo", day: str = "2026-11-21", account: str = "a1", n: int = 1) -> UsageRow:
+    return UsageRow(AccountId(account), KeyId(key), model, day, n, 10 * n, 3 * n, 5 * n, 100 * n)
+
+
+def with_store(path: Path, body: Callable[[Store], Awaitable[None]]) -> None:
+    async def run() -> None:
+        store = SqliteStore(path / "a.sqlite", wall_clock=lambda: 0.0)
+        await store.open((usage.MIGRATION,))
+        try:
+            await body(store)
+        finally:
+            await store.close()
+
+    asyncio.run(run())
+
+
+def test_usage_of_one_day_adds_up_within_and_over_transactions(tmp_path: Path) -> None:
+    async def body(store: Store) -> None:
+        for rows in ([used(), used(n=2), used("k2")], [used(n=4)], []):
+            await store.run(lambda tx, rows=rows: usage.add(tx, rows))  # type: ignore[misc]
+        assert await store.run(lambda tx: usage.read(tx, "a1")) == [used(n=7), used("k2")]
+
+    with_store(tmp_path, body)
+
+
+def test_an_account_sees_its_own_usage_between_two_days_both_included(tmp_path: Path) -> None:
+    async def body(store: Store) -> None:
+        days = ["2026-11-30", "2026-12-01", "2026-12-31", "2027-01-01"]
+        rows = [used(day=day, account=account) for day in days for account in ("a1", "a2")]
+        await store.run(lambda tx: usage.add(tx, rows))
+        found = await store.run(lambda tx: usage.read(tx, "a1", "2026-12-01", "2026-12-31"))
+        assert found == [used(day=day) for day in days[1:3]]
+        assert len(await store.run(lambda tx: usage.read(tx, "a1"))) == 4
+
+    with_store(tmp_path, body)
+
+
+@pytest.mark.parametrize(
+    ("group", "totals"),
+    [
+        ((), [Total("", "", "", 7, 70, 21, 35, 700)]),
+        (("model",), [Total("", "demo", "", 3, 30, 9, 15, 300), Total("", "big", "", 4, 40, 12, 20, 400)]),
+        (("key",), [Total("", "", "k1", 5, 50, 15, 25, 500), Total("", "", "k2", 2, 20, 6, 10, 200)]),
+    ],
+)
+def test_totals_are_of_everything_that_the_group_does_not_name(group: tuple[str, ...], totals: list[Total]) -> None:
+    rows = [used("k1", "demo"), used("k2", "demo", n=2), used("k1", "big", n=4)]
+    assert usage.grouped(rows, group) == totals
+
+
+def test_days_are_utc_and_checked() -> None:
+    assert usage.day_of(0) == "1970-01-01"
+    assert usage.day_of(86_399.9) == "1970-01-01"
+    assert usage.day_of(86_400) == "1970-01-02"
+    assert usage.checked_day("2026-02-28") == "2026-02-28"
+    for wrong in ("", "2026-02-29", "20260228", "2026-2-28", "yesterday", "2026-W01-1"):
+        with pytest.raises(ValueError, match="no day"):
+            usage.checked_day(wrong)
