@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 
 from gridmill.network import usage
-from gridmill.network.accounts import AccountId, KeyId
 from gridmill.network.store import SqliteStore, Store
 from gridmill.network.usage import Total, UsageRow
 
 
-def used(key: str = "k1", model: str = "demo", day: str = "2026-11-21", account: str = "a1", n: int = 1) -> UsageRow:
-    return UsageRow(AccountId(account), KeyId(key), model, day, n, 10 * n, 3 * n, 5 * n, 100 * n)
+def used(key: str = "k1", model: str = "demo", day: int = 20_778, account: str = "a1", n: int = 1) -> UsageRow:
+    return UsageRow(account, key, model, day, n, 10 * n, 3 * n, 5 * n, 100 * n)
 
 
 def with_store(path: Path, body: Callable[[Store], Awaitable[None]]) -> None:
@@ -41,10 +40,10 @@ def test_usage_of_one_day_adds_up_within_and_over_transactions(tmp_path: Path) -
 
 def test_an_account_sees_its_own_usage_between_two_days_both_included(tmp_path: Path) -> None:
     async def body(store: Store) -> None:
-        days = ["2026-11-30", "2026-12-01", "2026-12-31", "2027-01-01"]
+        days = [20, 21, 51, 52]
         rows = [used(day=day, account=account) for day in days for account in ("a1", "a2")]
         await store.run(lambda tx: usage.add(tx, rows))
-        found = await store.run(lambda tx: usage.read(tx, "a1", "2026-12-01", "2026-12-31"))
+        found = await store.run(lambda tx: usage.read(tx, "a1", 21, 51))
         assert found == [used(day=day) for day in days[1:3]]
         assert len(await store.run(lambda tx: usage.read(tx, "a1"))) == 4
 
@@ -65,10 +64,9 @@ def test_totals_are_of_everything_that_the_group_does_not_name(group: tuple[str,
 
 
 def test_days_are_utc_and_checked() -> None:
-    assert usage.day_of(0) == "1970-01-01"
-    assert usage.day_of(86_399.9) == "1970-01-01"
-    assert usage.day_of(86_400) == "1970-01-02"
-    assert usage.checked_day("2026-02-28") == "2026-02-28"
+    assert [usage.day_of(moment) for moment in (0, 86_399.9, 86_400)] == [0, 0, 1]
+    assert [usage.day_text(day) for day in (0, 20_778, usage.DAY_MAX)] == ["1970-01-01", "2026-11-21", "9999-12-31"]
+    assert usage.parse_day("2026-11-21") == 20_778
     for wrong in ("", "2026-02-29", "20260228", "2026-2-28", "yesterday", "2026-W01-1"):
         with pytest.raises(ValueError, match="no day"):
-            usage.checked_day(wrong)
+            usage.parse_day(wrong)

@@ -1,7 +1,7 @@
 """What each key used, by model and day: the running totals behind `GET /v1/usage`.
 
 A row is added to in the transaction that settles its works, so that usage and money never tell different stories. Days
-are UTC, written as in 2026-11-21, so that they sort as text.
+are UTC, counted from 1970-01-01 inside and written as in 2026-11-21 outside.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Iterable
 
 import msgspec
 
-from gridmill.network.accounts import AccountId, KeyId
 from gridmill.network.store import Transaction
 
 MIGRATION = """
@@ -20,7 +19,7 @@ CREATE TABLE usage_days (
     account_id TEXT NOT NULL,
     key_id TEXT NOT NULL,
     model TEXT NOT NULL,
-    day TEXT NOT NULL,
+    day BIGINT NOT NULL,
     requests BIGINT NOT NULL,
     input_tokens BIGINT NOT NULL,
     cached_tokens BIGINT NOT NULL,
@@ -31,17 +30,19 @@ CREATE TABLE usage_days (
 """
 
 GROUPS = ("day", "model", "key")
-
+DAY_SECONDS = 86_400
+_ORDINAL_1970 = datetime.date(1970, 1, 1).toordinal()
+DAY_MAX = datetime.date.max.toordinal() - _ORDINAL_1970
 _DAY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 
 
 class UsageRow(msgspec.Struct, frozen=True):
     """Totals of one key, model and day. `cached_tokens` is a part of `input_tokens`."""
 
-    account_id: AccountId
-    key_id: KeyId
+    account_id: str
+    key_id: str
     model: str
-    day: str
+    day: int
     requests: int
     input_tokens: int
     cached_tokens: int
@@ -51,7 +52,7 @@ class UsageRow(msgspec.Struct, frozen=True):
 
 async def add(transaction: Transaction, rows: Iterable[UsageRow]) -> None:
     """Adds to the totals. One statement for each key, model and day, however many works there were."""
-    totals: dict[tuple[str, ...], list[int]] = {}
+    totals: dict[tuple[str, int, str, str], list[int]] = {}
     for row in rows:
         numbers = (row.requests, row.input_tokens, row.cached_tokens, row.output_tokens, row.charge_nanocredits)
         known = totals.setdefault((row.account_id, row.day, row.key_id, row.model), [0, 0, 0, 0, 0])
@@ -73,7 +74,7 @@ async def add(transaction: Transaction, rows: Iterable[UsageRow]) -> None:
     )
 
 
-async def read(transaction: Transaction, account_id: str, since: str = "", until: str = "9999") -> list[UsageRow]:
+async def read(transaction: Transaction, account_id: str, since: int = 0, until: int = DAY_MAX) -> list[UsageRow]:
     """All totals of an account from the day `since` to the day `until`, both included, in order of days."""
     rows = await transaction.all(
         "SELECT account_id, key_id, model, day, requests, input_tokens, cached_tokens, output_tokens,"
@@ -83,7 +84,7 @@ async def read(transaction: Transaction, account_id: str, since: str = "", until
         since,
         until,
     )
-    return [UsageRow(AccountId(row[0]), KeyId(row[1]), *row[2:]) for row in rows]
+    return [UsageRow(*row) for row in rows]
 
 
 class Total(msgspec.Struct, frozen=True):
@@ -105,7 +106,7 @@ def grouped(rows: Iterable[UsageRow], group: Iterable[str]) -> list[Total]:
     totals: dict[tuple[str, str, str], list[int]] = {}
     for row in rows:
         key = (
-            row.day if "day" in wanted else "",
+            day_text(row.day) if "day" in wanted else "",
             row.model if "model" in wanted else "",
             row.key_id if "key" in wanted else "",
         )
@@ -147,14 +148,18 @@ async def earned(
     return [Earned(*row[:8], countersigned=row[9] >= row[8]) for row in rows]
 
 
-def day_of(seconds: float) -> str:
+def day_of(seconds: float) -> int:
     """The UTC day of a moment in Unix seconds."""
-    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).date().isoformat()
+    return int(seconds // DAY_SECONDS)
 
 
-def checked_day(text: str) -> str:
-    """A day as it is stored. Raises ValueError with a sentence."""
+def day_text(day: int) -> str:
+    return datetime.date.fromordinal(_ORDINAL_1970 + day).isoformat()
+
+
+def parse_day(text: str) -> int:
+    """Raises ValueError with a sentence."""
     try:
-        return datetime.date.fromisoformat(text if _DAY.fullmatch(text) else "").isoformat()
+        return datetime.date.fromisoformat(text if _DAY.fullmatch(text) else "").toordinal() - _ORDINAL_1970
     except ValueError:
         raise ValueError(f"{text[:40]!r} is no day: write it like 2026-12-31") from None
