@@ -2,14 +2,13 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 
 import pytest
 
+from databases import Database
 from gridmill.network import registry as registry_module
 from gridmill.network.detokenise import ClassText
 from gridmill.network.registry import Registry, UnknownModel
-from gridmill.network.store import SqliteStore
 from gridmill.wire.classes import ClassId, ModelClass, TextFacts, facts_bytes
 from gridmill.wire.messages import ClassOffer, NodeId, OwnerId
 
@@ -42,9 +41,9 @@ class NoText:
 TEXT: ClassText = NoText()  # type: ignore[assignment]
 
 
-def with_registry(path: Path, body: Callable[[Registry], Awaitable[None]], approve: str = "open") -> None:
+def with_registry(database: Database, body: Callable[[Registry], Awaitable[None]], approve: str = "open") -> None:
     async def run() -> None:
-        store = SqliteStore(path, wall_clock=lambda: 1000.0)
+        store = database.store(wall_clock=lambda: 1000.0)
         await store.open((registry_module.MIGRATION,))
         try:
             made = Registry(store, approve=approve, now=lambda: 1000.0)  # type: ignore[arg-type]
@@ -65,7 +64,7 @@ async def served(made: Registry, *offers: ClassOffer, node: str = "node-1") -> o
     return record
 
 
-def test_a_served_name_resolves_to_its_class_and_survives_a_restart(tmp_path: Path) -> None:
+def test_a_served_name_resolves_to_its_class_and_survives_a_restart(database: Database) -> None:
     async def first(made: Registry) -> None:
         await served(made, offer())
         card = made.resolve("demo")
@@ -76,11 +75,11 @@ def test_a_served_name_resolves_to_its_class_and_survives_a_restart(tmp_path: Pa
         assert made.resolve("demo").class_id == model_class().class_id
         assert made.snapshot().by_class == {}
 
-    with_registry(tmp_path / "a.sqlite", first)
-    with_registry(tmp_path / "a.sqlite", restarted)
+    with_registry(database, first)
+    with_registry(database, restarted)
 
 
-def test_a_name_at_a_class_selects_that_one_and_nothing_else(tmp_path: Path) -> None:
+def test_a_name_at_a_class_selects_that_one_and_nothing_else(database: Database) -> None:
     async def body(made: Registry) -> None:
         await served(made, offer(tokenizer="a"), offer(tokenizer="b"))
         for tokenizer in "ab":
@@ -91,10 +90,10 @@ def test_a_name_at_a_class_selects_that_one_and_nothing_else(tmp_path: Path) -> 
         with pytest.raises(UnknownModel):
             made.resolve(f"demo@{model_class().class_id[:3]}")
 
-    with_registry(tmp_path / "a.sqlite", body)
+    with_registry(database, body)
 
 
-def test_an_unknown_name_comes_with_the_nearest_known_ones(tmp_path: Path) -> None:
+def test_an_unknown_name_comes_with_the_nearest_known_ones(database: Database) -> None:
     async def body(made: Registry) -> None:
         await served(made, offer("gridmill/demo"), offer("other", tokenizer="b"))
         with pytest.raises(UnknownModel) as caught:
@@ -103,10 +102,10 @@ def test_an_unknown_name_comes_with_the_nearest_known_ones(tmp_path: Path) -> No
         with pytest.raises(UnknownModel):
             made.resolve("x" * 100_000)
 
-    with_registry(tmp_path / "a.sqlite", body)
+    with_registry(database, body)
 
 
-def test_under_an_operator_an_unapproved_offer_is_listed_and_not_served(tmp_path: Path) -> None:
+def test_under_an_operator_an_unapproved_offer_is_listed_and_not_served(database: Database) -> None:
     async def body(made: Registry) -> None:
         record = made.join(NodeId("node-1"), OwnerId("owner-1"), "test")
         assert not made.may_serve(offer(), record.node_id)
@@ -119,10 +118,10 @@ def test_under_an_operator_an_unapproved_offer_is_listed_and_not_served(tmp_path
         made.leave(record)
         assert made.pending() == []
 
-    with_registry(tmp_path / "a.sqlite", body, approve="operator")
+    with_registry(database, body, approve="operator")
 
 
-def test_the_first_class_with_a_free_place_serves_a_plain_name(tmp_path: Path) -> None:
+def test_the_first_class_with_a_free_place_serves_a_plain_name(database: Database) -> None:
     async def body(made: Registry) -> None:
         first = await served(made, offer(tokenizer="a", slots=1), node="node-1")
         await served(made, offer(tokenizer="b"), node="node-2")
@@ -133,10 +132,10 @@ def test_the_first_class_with_a_free_place_serves_a_plain_name(tmp_path: Path) -
         made.leave(first)  # type: ignore[arg-type]
         assert made.resolve("demo").class_id == model_class("b").class_id
 
-    with_registry(tmp_path / "a.sqlite", body)
+    with_registry(database, body)
 
 
-def test_a_snapshot_in_hand_does_not_change(tmp_path: Path) -> None:
+def test_a_snapshot_in_hand_does_not_change(database: Database) -> None:
     async def body(made: Registry) -> None:
         record = await served(made, offer())
         class_id = model_class().class_id
@@ -147,10 +146,10 @@ def test_a_snapshot_in_hand_does_not_change(tmp_path: Path) -> None:
         made.leave(record)  # type: ignore[arg-type]
         assert class_id in before.by_class and class_id not in made.snapshot().by_class
 
-    with_registry(tmp_path / "a.sqlite", body)
+    with_registry(database, body)
 
 
-def test_the_record_of_an_older_conversation_does_not_take_the_newer_one_along(tmp_path: Path) -> None:
+def test_the_record_of_an_older_conversation_does_not_take_the_newer_one_along(database: Database) -> None:
     async def body(made: Registry) -> None:
         older = await served(made, offer())
         newer = await served(made, offer())
@@ -158,28 +157,28 @@ def test_the_record_of_an_older_conversation_does_not_take_the_newer_one_along(t
         assert made.record_of(NodeId("node-1")) is newer
         assert made.snapshot().by_class[model_class().class_id]
 
-    with_registry(tmp_path / "a.sqlite", body)
+    with_registry(database, body)
 
 
-def test_text_facts_of_another_class_are_refused(tmp_path: Path) -> None:
+def test_text_facts_of_another_class_are_refused(database: Database) -> None:
     async def body(made: Registry) -> None:
         other = TextFacts(chat_template="y", special_tokens={}, eos_token_ids=(), context_tokens=9, vocab_size=9)
         with pytest.raises(ValueError, match="do not belong"):
             await made.learn_class(model_class(), other, TEXT)
 
-    with_registry(tmp_path / "a.sqlite", body)
+    with_registry(database, body)
 
 
 @pytest.mark.parametrize("name", ["", "a@b", "a b", "x" * 201, "a\n"])
-def test_unusable_model_names_cannot_be_approved(tmp_path: Path, name: str) -> None:
+def test_unusable_model_names_cannot_be_approved(database: Database, name: str) -> None:
     async def body(made: Registry) -> None:
         with pytest.raises(ValueError, match="model name"):
             await made.approve(name, ClassId("0" * 64), by="operator")
 
-    with_registry(tmp_path / "a.sqlite", body)
+    with_registry(database, body)
 
 
-def test_whoever_waits_is_told_when_a_place_may_be_free(tmp_path: Path) -> None:
+def test_whoever_waits_is_told_when_a_place_may_be_free(database: Database) -> None:
     async def body(made: Registry) -> None:
         told: list[str] = []
         made.changed = told.append
@@ -192,4 +191,4 @@ def test_whoever_waits_is_told_when_a_place_may_be_free(tmp_path: Path) -> None:
         made.leave(record)  # type: ignore[arg-type]
         assert told == [class_id, class_id]
 
-    with_registry(tmp_path / "a.sqlite", body)
+    with_registry(database, body)

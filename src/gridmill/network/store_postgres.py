@@ -108,13 +108,14 @@ class PostgresStore:
         try:
             await self._migrate(connection, migrations)
             self._heard = await _last_change(connection)
+            await connection.close()
         except UNREACHABLE as error:
             raise StoreUnusable(
                 f"{self._name} cannot be used ({_reason(error)}): give Gridmill a database that is empty or its own,"
                 " and whose owner it is"
             ) from error
         finally:
-            connection.terminate()
+            _terminate(connection)
         self._pool = await asyncpg.create_pool(
             self._url,
             min_size=0,
@@ -477,4 +478,6 @@ def _without_password(url: str) -> str:
 
 
 def _reason(error: BaseException) -> str:
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
     return " ".join(str(error).split()) or type(error).__name__
