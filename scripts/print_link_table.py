@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from gridmill.wire import classes, codec, link, messages, sampling, transport
+from gridmill.wire import classes, codec, link, messages, receipts, sampling, transport
 from gridmill.wire.identity import Identity, certify, greeting_transcript, node_id_of
 from gridmill.wire.link import NEXT, PERMANENT, SENDERS, SENTENCES, STREAM_NEXT, Link, NetworkSide, NodeSide, Reason
 
@@ -23,6 +23,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "protocol.md"
 
 U32 = "0 … 2³² − 1"
 NUMBER = "1 … 2³² − 1"
+U63 = "0 … 2⁶³ − 1"
 
 # What the types do not say. A field that is missing here, or a line here without a field, fails the test.
 BOUNDS: dict[tuple[str, str], str] = {
@@ -67,6 +68,9 @@ BOUNDS: dict[tuple[str, str], str] = {
     ("Credit", "grants"): f"1 to {codec.STREAMS_OPEN_MAX} pairs (stream, 1 … {codec.CREDIT_MAX} ids)",
     ("Cancel", "stream"): "offered once; latecomers are ignored",
     ("Cancel", "keep"): "−1 … 2³² − 1",
+    ("Receipts", "statements"): f"1 to {codec.STATEMENTS_MAX}; at most {codec.LEAVES_MAX} leaves in all of them",
+    ("Countersigned", "signatures"): f"1 to {codec.STATEMENTS_MAX}",
+    ("Acknowledged", "statements"): f"1 to {codec.STATEMENTS_MAX}: (class id, `period_start_seconds`, `seq`)",
     ("Heartbeat", "number"): "1, 2, 3, … per direction",
     ("Heartbeat", "echo"): "the last number heard, 0 for none; never falls, never names one not sent",
     ("Heartbeat", "telemetry"): "the node's; nil from the network",
@@ -79,6 +83,11 @@ BOUNDS: dict[tuple[str, str], str] = {
     ("ClassOffer", "engine"): f"word, 1 to {codec.CODE_CHARS_MAX}",
     ("ClassOffer", "decode_tokens_per_second"): "finite, ≥ 0",
     ("ClassOffer", "prefill_tokens_per_second"): "finite, ≥ 0",
+    ("ClassOffer", "price"): "see Price",
+    **{
+        ("Price", name): f"0 … {codec.PRICE_NANOCREDITS_MAX}"
+        for name in ("input_nanocredits", "cached_input_nanocredits", "output_nanocredits")
+    },
     ("ModelClass", "weights"): f"at most {codec.WEIGHT_FILES_MAX}, sorted by (name, sha256, size_bytes)",
     ("ModelClass", "arithmetic"): f"word, 1 to {codec.CODE_CHARS_MAX}: {', '.join(classes.ARITHMETICS)}, …",
     ("ModelClass", "kv_dtype"): f"word, 1 to {codec.CODE_CHARS_MAX}",
@@ -88,7 +97,7 @@ BOUNDS: dict[tuple[str, str], str] = {
     ("ModelClass", "blackbox"): f"line, at most {codec.NAME_CHARS_MAX}; empty for a native class",
     ("FileDigest", "name"): f"line, 1 to {codec.FILE_NAME_CHARS_MAX}",
     ("FileDigest", "sha256"): "64 lower-case hexadecimal digits",
-    ("FileDigest", "size_bytes"): "0 … 2⁶³ − 1",
+    ("FileDigest", "size_bytes"): U63,
     ("Generate", "work_id"): f"word, 1 to {codec.ID_CHARS_MAX}",
     ("Generate", "class_id"): f"word, 1 to {codec.ID_CHARS_MAX}",
     ("Generate", "prompt"): f"uint32 little-endian each; with `delivered` at most {codec.IDS_BYTES_MAX} bytes",
@@ -96,6 +105,8 @@ BOUNDS: dict[tuple[str, str], str] = {
     ("Generate", "cache_salt"): f"at most {codec.CACHE_SALT_BYTES_MAX} bytes",
     ("Generate", "delivered"): "uint32 little-endian each; at most `max_tokens` ids",
     ("Generate", "epoch"): U32,
+    ("Generate", "price"): "see Price; one that the node offered for this class",
+    ("Generate", "salt"): f"at most {codec.SALT_BYTES_MAX} bytes",
     ("Sampling", "seed"): f"{sampling.SEED_BYTES} bytes",
     ("Sampling", "max_tokens"): f"1 … {codec.CREDIT_MAX}",
     ("Sampling", "temperature"): "0 … 100",
@@ -122,17 +133,59 @@ BOUNDS: dict[tuple[str, str], str] = {
     ("End", "cached_tokens"): U32,
     ("End", "code"): f"line, at most {codec.CODE_CHARS_MAX}",
     ("End", "detail"): f"line, at most {codec.DETAIL_CHARS_MAX}",
-    **{("Telemetry", name): "finite, ≥ 0" for name in ("clock_seconds", "tokens_per_second")},
+    ("End", "commit_root"): f"{codec.HASH_BYTES} bytes or empty",
+    ("End", "signature"): "64 bytes over `claim_bytes`, or empty",
+    ("SignedStatement", "statement"): "see Statement",
+    ("SignedStatement", "leaves"): "those since the statement before, in order; see Leaf",
+    ("SignedStatement", "signature"): "64 bytes, the network's",
+    ("Statement", "network_key"): "32 bytes, Ed25519",
+    ("Statement", "node_key"): "32 bytes, Ed25519",
+    ("Statement", "class_id"): "64 lower-case hexadecimal digits",
+    ("Statement", "period_seconds"): NUMBER,
+    ("Statement", "head"): f"{codec.HASH_BYTES} bytes",
     **{
-        ("Telemetry", name): "0 … 2⁶³ − 1"
-        for name in ("running", "waiting", "kv_pages_used", "kv_pages_total", "memory_bytes")
+        ("Statement", name): U63
+        for name in (
+            *("period_start_seconds", "seq", "input_tokens", "cached_tokens", "output_tokens", "pay_nanocredits"),
+        )
     },
+    ("Leaf", "work_id"): f"word, 1 to {codec.ID_CHARS_MAX}",
+    ("Leaf", "epoch"): U32,
+    ("Leaf", "prompt_hash"): f"{codec.HASH_BYTES} bytes",
+    ("Leaf", "output_hash"): f"{codec.HASH_BYTES} bytes",
+    ("Leaf", "price_id"): f"word, at most {codec.ID_CHARS_MAX}",
+    ("Leaf", "price"): "see Price",
+    ("Leaf", "finish"): f"word, 1 to {codec.CODE_CHARS_MAX}",
+    ("Leaf", "commit_root"): f"{codec.HASH_BYTES} bytes or empty",
+    ("Leaf", "claim"): "64 bytes or empty",
+    **{
+        ("Leaf", name): U63
+        for name in (
+            *("start", "input_tokens", "cached_tokens", "output_tokens"),
+            *("pay_nanocredits", "charge_nanocredits", "started_ms", "ended_ms"),
+        )
+    },
+    ("Countersignature", "class_id"): "64 lower-case hexadecimal digits",
+    ("Countersignature", "period_start_seconds"): U63,
+    ("Countersignature", "seq"): U63,
+    ("Countersignature", "signature"): "64 bytes, the node's; or empty, and then there is a remark",
+    ("Countersignature", "remark"): f"line, at most {codec.DETAIL_CHARS_MAX}",
+    **{("Telemetry", name): "finite, ≥ 0" for name in ("clock_seconds", "tokens_per_second")},
+    **{("Telemetry", name): U63 for name in ("running", "waiting", "kv_pages_used", "kv_pages_total", "memory_bytes")},
 }
 
-PLAIN = {"()": "empty", "''": "empty", "b''": "empty", "None": "nil", "False": "false"}  # defaults in words
+PLAIN = {
+    repr(messages.Price()): "all zero",
+    "()": "empty",
+    "''": "empty",
+    "b''": "empty",
+    "None": "nil",
+    "False": "false",
+}  # defaults in words
 
 INNER: tuple[type, ...] = (
     messages.ClassOffer,
+    messages.Price,
     messages.Listing,
     classes.ModelClass,
     classes.FileDigest,
@@ -141,6 +194,10 @@ INNER: tuple[type, ...] = (
     messages.Emission,
     sampling.TokenLogprob,
     messages.End,
+    messages.SignedStatement,
+    messages.Statement,
+    messages.Leaf,
+    messages.Countersignature,
     messages.Telemetry,
 )
 
@@ -211,6 +268,7 @@ def _annotation(kind: typing.Any, name: str) -> str:
     for python, plain in (
         ("tuple[tuple[int, float], ...]", "array of [int, float]"),
         ("tuple[tuple[int, int], ...]", "array of [int, int]"),
+        ("tuple[tuple[str, int, int], ...]", "array of [str, int, int]"),
         (", ...]", ""),
         ("tuple[", "array of "),
         ("None", "nil"),
@@ -325,7 +383,65 @@ def example() -> str:
         "frame: Ready": ready,
         "frame: Heartbeat (network)": beat,
     }
-    lines = [f"host `{host}`, versions (1), node id `{node_id_of(node_key.public)}`.", "", "```"]
+    return f"host `{host}`, versions (1), node id `{node_id_of(node_key.public)}`.\n\n{_hex_block(rows)}"
+
+
+def receipts_example() -> str:
+    """One work from its ids to a root, from fixed keys, byte by byte."""
+    node_key, network_key = Identity(bytes(range(32))), Identity(bytes(range(32, 64)))
+    salt, class_id, prompt, output = bytes(range(16)), "ab" * 32, [5, 1], [7, 70_000, 9]
+    output_hash = receipts.ids_hash(salt, sampling.pack_ids(output))
+    claimed = receipts.claim_bytes("work-1", 0, class_id, output_hash, b"")
+    price = messages.Price(50, 10, 400)
+    leaf = messages.Leaf(
+        work_id="work-1",
+        epoch=0,
+        start=0,
+        prompt_hash=receipts.ids_hash(salt, sampling.pack_ids(prompt)),
+        output_hash=output_hash,
+        input_tokens=2,
+        cached_tokens=1,
+        output_tokens=3,
+        price_id="price-1",
+        price=price,
+        pay_nanocredits=receipts.pay_of(price, 2, 1, 3),
+        charge_nanocredits=1323,
+        started_ms=1_700_000_000_000,
+        ended_ms=1_700_000_001_500,
+        finish="stop",
+        commit_root=b"",
+        claim=node_key.sign(claimed),
+    )
+    first = receipts.opening(network_key.public, node_key.public, class_id, 1_699_920_000, 86_400)
+    statement = receipts.advance(first, [leaf])
+    entry = receipts.merkle_entry(node_key.public, class_id, 1, receipts.leaf_hash(leaf))
+    root = receipts.merkle_root([entry])
+    signed_root = receipts.period_root_bytes(network_key.public, 1_699_920_000, 86_400, 1, root)
+    return _hex_block(
+        {
+            "salt": salt,
+            "prompt, packed": sampling.pack_ids(prompt),
+            "prompt_hash": leaf.prompt_hash,
+            "output, packed": sampling.pack_ids(output),
+            "output_hash": output_hash,
+            "claim bytes": claimed,
+            "claim": leaf.claim,
+            "leaf": receipts.leaf_bytes(leaf),
+            "leaf hash": receipts.leaf_hash(leaf),
+            "head before leaf 1": first.head,
+            "head after leaf 1": statement.head,
+            "statement": receipts.statement_bytes(statement),
+            "network's signature": receipts.sign_as_network(network_key, statement),
+            "node's signature": receipts.sign_as_node(node_key, statement),
+            "entry of the tree": entry,
+            "root bytes": signed_root,
+            "root's signature": network_key.sign(signed_root),
+        }
+    )
+
+
+def _hex_block(rows: dict[str, bytes]) -> str:
+    lines = ["```"]
     for name, value in rows.items():
         lines.append(f"{name} ({len(value)} bytes)")
         text = value.hex()
@@ -341,6 +457,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "limits": limit_table,
     "reasons": reason_table,
     "example": example,
+    "receipts": receipts_example,
 }
 
 

@@ -8,16 +8,19 @@ import typing
 
 import msgspec
 import pytest
-from wire_samples import CLASS, CLASS_OFFER, SAMPLES, work
+from wire_samples import CLASS, CLASS_OFFER, LEAF, SAMPLES, STATEMENT, work
 
 from gridmill.wire import codec
 from gridmill.wire.classes import FileDigest
 from gridmill.wire.codec import Malformed, bytes_max, clip, decode, encode
 from gridmill.wire.messages import (
     Accept,
+    Acknowledged,
     AnyMessage,
     Cancel,
     Chunk,
+    Countersignature,
+    Countersigned,
     Credit,
     Drain,
     Emission,
@@ -26,13 +29,18 @@ from gridmill.wire.messages import (
     Goodbye,
     Heartbeat,
     Hello,
+    Leaf,
     Listed,
     Listing,
     Offer,
     Offers,
+    Price,
     Proof,
     Ready,
+    Receipts,
     Refuse,
+    SignedStatement,
+    Statement,
     Step,
     Telemetry,
     Welcome,
@@ -165,6 +173,21 @@ OUT_OF_BOUNDS: list[tuple[str, typing.Any]] = [
     ("telemetry nan", changed(BEAT, telemetry=Telemetry(clock_seconds=math.nan))),
     ("telemetry negative", changed(BEAT, telemetry=Telemetry(running=-1))),
     ("telemetry beyond int64", changed(BEAT, telemetry=Telemetry(memory_bytes=1 << 63))),
+    ("no receipts", Receipts(())),
+    ("too many leaves", Receipts((SignedStatement(STATEMENT, (LEAF,) * 129, bytes(64)),))),
+    ("short signature", Receipts((SignedStatement(STATEMENT, (LEAF,), bytes(63)),))),
+    ("short head", Receipts((SignedStatement(changed(STATEMENT, head=b""), (), bytes(64)),))),
+    ("seq beyond int64", Receipts((SignedStatement(changed(STATEMENT, seq=1 << 63), (), bytes(64)),))),
+    ("negative pay", Receipts((SignedStatement(STATEMENT, (changed(LEAF, pay_nanocredits=-1),), bytes(64)),))),
+    ("short claim", Receipts((SignedStatement(STATEMENT, (changed(LEAF, claim=b"x"),), bytes(64)),))),
+    ("neither signed nor disputed", Countersigned((Countersignature("e" * 64, 0, 1, b""),))),
+    ("remark with a line break", Countersigned((Countersignature("e" * 64, 0, 1, b"", "a\nb"),))),
+    ("nothing acknowledged", Acknowledged(())),
+    ("acknowledged class", Acknowledged((("class", 0, 1),))),
+    ("cached dearer than other input", changed(OFFER, work=changed(work(), price=Price(1, 2, 3)))),
+    ("absurd price", changed(OFFER, work=changed(work(), price=Price(10**9 + 1)))),
+    ("long receipt salt", changed(OFFER, work=changed(work(), salt=bytes(33)))),
+    ("short end signature", Step((), (End(1, "stop", 0, signature=b"x"),))),
     ("negative drain", Drain(-1.0)),
     ("drain nan", Drain(math.nan)),
     ("drain for ever", Drain(math.inf)),
@@ -226,6 +249,19 @@ def test_the_longest_listing_can_be_sent() -> None:
     listed = Listed((listing,) * codec.OFFERS_MAX)
     assert codec.FRAME_BYTES_MAX < len(encode(listed)) <= bytes_max(Listed)
     assert decode(encode(listed)) == listed
+
+
+def test_the_fullest_receipts_can_be_sent() -> None:
+    largest = (1 << 63) - 1
+    leaf = Leaf(
+        *("w" * 128, (1 << 32) - 1, largest, bytes(32), bytes(32), largest, largest, largest, "p" * 128),
+        *(Price(10**9, 10**9, 10**9), largest, largest, largest, largest, "f" * 64, bytes(32), bytes(64)),
+    )
+    full = Statement(bytes(32), bytes(32), "e" * 64, largest, (1 << 32) - 1, *(largest,) * 5, bytes(32))
+    statements = (SignedStatement(full, (leaf,) * 2, bytes(64)),) * codec.STATEMENTS_MAX
+    receipts = Receipts(statements)
+    assert codec.FRAME_BYTES_MAX < len(encode(receipts)) <= bytes_max(Receipts)
+    assert decode(encode(receipts)) == receipts
 
 
 def test_a_full_chunk_fits_one_frame() -> None:

@@ -35,8 +35,8 @@ def test_every_part_is_on_the_page_and_every_field_has_its_bounds() -> None:
     assert parts.fields_without_bounds() == set()
 
 
-def example() -> dict[str, bytes]:
-    block = script().example().split("```")[1]
+def example(part: str = "example") -> dict[str, bytes]:
+    block = script().PARTS[part]().split("```")[1]
     rows: dict[str, bytes] = {}
     name = ""
     for line in block.strip().splitlines():
@@ -108,3 +108,43 @@ def test_a_second_implementation_written_from_the_page_agrees_with_the_example()
     node_id = "node-" + hashlib.sha256(rows["node_key"]).hexdigest()[:20]
     assert payload_of(rows["frame: Ready"], 1, keys["node"]) == ["ready", node_id, 5.0]
     assert payload_of(rows["frame: Heartbeat (network)"], 2, keys["node"]) == ["beat", 1, 0, None]
+
+
+def test_a_second_implementation_of_receipts_agrees_with_the_example() -> None:
+    # Nothing of gridmill is used from here on: only what §14 says.
+    keys, rows = example(), example("receipts")
+    node, network = (SigningKey(keys[f"{who}'s Ed25519 seed"]) for who in ("node", "network"))
+    packed = msgspec.msgpack.encode
+
+    def digest(*parts: bytes) -> bytes:
+        return hashlib.sha256(b"".join(parts)).digest()
+
+    def ids(*numbers: int) -> bytes:
+        return digest(b"gridmill receipt ids v1\0", b"\x10", rows["salt"], struct.pack(f"<{len(numbers)}I", *numbers))
+
+    class_id = "ab" * 32
+    output_hash = ids(7, 70_000, 9)
+    claim = b"gridmill receipt claim v1\0" + packed(["work-1", 0, class_id, output_hash, b""])
+    assert node.sign(claim).signature == rows["claim"]
+    pay = 1 * 50 + 1 * 10 + 3 * 400
+    times = [1_700_000_000_000, 1_700_000_001_500]
+    leaf = packed(
+        [
+            *("work-1", 0, 0, ids(5, 1), output_hash, 2, 1, 3, "price-1", [50, 10, 400], pay, 1323),
+            *(*times, "stop", b"", rows["claim"]),
+        ]
+    )
+    assert leaf == rows["leaf"]
+    hash_of_leaf = digest(b"gridmill receipt leaf v1\0", leaf)
+    chain = [keys["network_key"], keys["node_key"], class_id, 1_699_920_000, 86_400]
+    start = digest(b"gridmill receipt chain start v1\0", packed(chain))
+    head = digest(b"gridmill receipt chain v1\0", start, hash_of_leaf)
+    statement = packed([*chain, 1, 2, 1, 3, pay, head])
+    assert (
+        network.sign(b"gridmill receipt statement by network v1\0" + statement).signature
+        == (rows["network's signature"])
+    )
+    assert node.sign(b"gridmill receipt statement by node v1\0" + statement).signature == rows["node's signature"]
+    entry = digest(b"\0", packed([keys["node_key"], class_id, 1, hash_of_leaf]))
+    root = b"gridmill receipt period root v1\0" + packed([keys["network_key"], 1_699_920_000, 86_400, 1, entry])
+    assert network.sign(root).signature == rows["root's signature"]

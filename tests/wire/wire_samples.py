@@ -5,10 +5,13 @@ from __future__ import annotations
 from gridmill.wire.classes import FileDigest, ModelClass
 from gridmill.wire.messages import (
     Accept,
+    Acknowledged,
     AnyMessage,
     Cancel,
     Chunk,
     ClassOffer,
+    Countersignature,
+    Countersigned,
     Credit,
     Drain,
     Emission,
@@ -18,13 +21,18 @@ from gridmill.wire.messages import (
     Goodbye,
     Heartbeat,
     Hello,
+    Leaf,
     Listed,
     Listing,
     Offer,
     Offers,
+    Price,
     Proof,
     Ready,
+    Receipts,
     Refuse,
+    SignedStatement,
+    Statement,
     Step,
     Telemetry,
     Welcome,
@@ -39,7 +47,28 @@ CLASS = ModelClass(
     tokenizer_sha256="c" * 64,
     text_facts_sha256="d" * 64,
 )
-CLASS_OFFER = ClassOffer("gridmill-demo", CLASS, 64, "native", 120.5, 900.0)
+PRICE = Price(50, 10, 400)
+CLASS_OFFER = ClassOffer("gridmill-demo", CLASS, 64, "native", 120.5, 900.0, PRICE)
+LEAF = Leaf(
+    work_id="work-1",
+    epoch=1,
+    start=2,
+    prompt_hash=bytes(range(32)),
+    output_hash=bytes(range(32, 64)),
+    input_tokens=100,
+    cached_tokens=40,
+    output_tokens=7,
+    price_id="price-3",
+    price=PRICE,
+    pay_nanocredits=60 * 50 + 40 * 10 + 7 * 400,
+    charge_nanocredits=6510,
+    started_ms=1_700_000_000_000,
+    ended_ms=1_700_000_001_500,
+    finish="stop",
+    commit_root=b"",
+    claim=bytes(64),
+)
+STATEMENT = Statement(bytes(32), bytes([1]) * 32, "e" * 64, 1_699_920_000, 86_400, 1, 100, 40, 7, 6200, bytes(32))
 
 
 def work(max_tokens: int = 100, prompt: list[int] | None = None, delivered: list[int] | None = None) -> Generate:
@@ -70,6 +99,14 @@ SAMPLES: tuple[AnyMessage, ...] = (
     ),
     Credit(((1, 64), (2, 1))),
     Cancel(1, 17),
+    Receipts((SignedStatement(STATEMENT, (LEAF,), bytes(64)), SignedStatement(STATEMENT, (), bytes([3]) * 64))),
+    Countersigned(
+        (
+            Countersignature("e" * 64, 1_699_920_000, 1, bytes(64)),
+            Countersignature("e" * 64, 1_699_920_000, 2, b"", "leaf 2 counts more output than this node sent"),
+        )
+    ),
+    Acknowledged((("e" * 64, 1_699_920_000, 1),)),
     Heartbeat(3, 2, Telemetry(1_700_000_000.0, 2, 1, 10, 100, 55.5, 1 << 30)),
     Drain(30.0),
     Goodbye("stopping", "the program is stopping"),

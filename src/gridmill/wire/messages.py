@@ -218,7 +218,10 @@ class Credit(Message, frozen=True, array_like=True, tag="credit"):
 
 
 class Cancel(Message, frozen=True, array_like=True, tag="cancel"):
-    """Network. Stop within one step and answer with an End. `keep` is how many output ids count; -1 = all sent."""
+    """Network. Stop within one step and answer with an End. `keep` is how many output ids count; -1 = all sent.
+
+    `keep` counts from output position 0, delivered ids included. The node's claim covers those that count.
+    """
 
     stream: int
     keep: int = -1
@@ -233,6 +236,8 @@ class Leaf(msgspec.Struct, frozen=True, array_like=True):
     `start` is the output position of the segment's first id; `output_tokens` counts this segment's ids alone, delivered
     ones. `cached_tokens` is part of `input_tokens`. `pay_nanocredits` is what the node earns, `charge_nanocredits` what
     the user pays for this segment, the network's fee included. `finish`: stop, length, cancelled, failed or lost.
+    `prompt_hash` covers the prompt alone in every segment, `output_hash` the ids that `output_tokens` counts. `claim`
+    is what the node signed in its End when that was over just this output, else empty.
     """
 
     work_id: str
@@ -292,7 +297,7 @@ class Countersignature(msgspec.Struct, frozen=True, array_like=True):
     """The node's signature over a statement's own bytes, or none and the reason why it disputes it.
 
     `remark` is empty when the node's own record agrees, `no_record` when it lost that record (a crash) and takes the
-    network's word, else one sentence.
+    network's word, `missing` when it lacks leaves before these and wants them again in order, else one sentence.
     """
 
     class_id: str
