@@ -47,6 +47,7 @@ async def loaded(
     revoked: Callable[[Collection[KeyId]], None] = lambda key_ids: None,
 ) -> Accounts:
     made = Accounts(store, now=now, entropy=secrets.token_bytes, revoked=revoked)
+    store.listen(made.changed)
     await made.load()
     return made
 
@@ -165,6 +166,20 @@ def test_a_key_carries_its_limits_and_several_scopes_in_one_order(tmp_path: Path
         assert not account.has_budget
 
     with_accounts(tmp_path / "a.sqlite", body)
+
+
+def test_a_budget_is_a_row_that_the_ledger_counts_in(tmp_path: Path) -> None:
+    async def body(store: Store) -> None:
+        made = await loaded(store)
+        row, secret = await made.create("ci", budget_nanocredits=5)
+        account = made.authenticate(secret)
+        assert account is not None and account.has_budget
+        rows = await store.run(lambda tx: tx.all("SELECT key_id, budget, committed FROM key_budgets"))
+        assert rows == [(row.key_id, 5, 0)]
+        again = (await loaded(store)).authenticate(secret)
+        assert again == account
+
+    with_store_at(tmp_path / "a.sqlite", body)
 
 
 def test_why_a_key_does_not_work_is_said_in_one_sentence(tmp_path: Path) -> None:

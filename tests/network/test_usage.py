@@ -10,7 +10,7 @@ import pytest
 
 from gridmill.network import usage
 from gridmill.network.store import SqliteStore, Store
-from gridmill.network.usage import Total, UsageRow
+from gridmill.network.usage import Span, UsageRow
 
 
 def used(key: str = "k1", model: str = "demo", day: int = 20_778, account: str = "a1", n: int = 1) -> UsageRow:
@@ -33,7 +33,7 @@ def test_usage_of_one_day_adds_up_within_and_over_transactions(tmp_path: Path) -
     async def body(store: Store) -> None:
         for rows in ([used(), used(n=2), used("k2")], [used(n=4)], []):
             await store.run(lambda tx, rows=rows: usage.add(tx, rows))  # type: ignore[misc]
-        assert await store.run(lambda tx: usage.read(tx, "a1")) == [used(n=7), used("k2")]
+        assert await store.run(lambda tx: usage.read(tx, "a1", Span(0, 30_000))) == [used(n=7), used("k2")]
 
     with_store(tmp_path, body)
 
@@ -43,9 +43,10 @@ def test_an_account_sees_its_own_usage_between_two_days_both_included(tmp_path: 
         days = [20, 21, 51, 52]
         rows = [used(day=day, account=account) for day in days for account in ("a1", "a2")]
         await store.run(lambda tx: usage.add(tx, rows))
-        found = await store.run(lambda tx: usage.read(tx, "a1", 21, 51))
+        found = await store.run(lambda tx: usage.read(tx, "a1", Span(21, 51)))
         assert found == [used(day=day) for day in days[1:3]]
-        assert len(await store.run(lambda tx: usage.read(tx, "a1"))) == 4
+        assert len(await store.run(lambda tx: usage.read(tx, "a1", Span(0, 30_000)))) == 4
+        assert len(await store.run(lambda tx: usage.read(tx, None, Span(0, 30_000)))) == 8
 
     with_store(tmp_path, body)
 
@@ -53,19 +54,39 @@ def test_an_account_sees_its_own_usage_between_two_days_both_included(tmp_path: 
 @pytest.mark.parametrize(
     ("group", "totals"),
     [
-        ((), [Total("", "", "", 7, 70, 21, 35, 700)]),
-        (("model",), [Total("", "demo", "", 3, 30, 9, 15, 300), Total("", "big", "", 4, 40, 12, 20, 400)]),
-        (("key",), [Total("", "", "k1", 5, 50, 15, 25, 500), Total("", "", "k2", 2, 20, 6, 10, 200)]),
+        ("", [{"requests": 7}]),
+        ("model", [{"model": "demo", "requests": 3}, {"model": "big", "requests": 4}]),
+        (" key ,", [{"key": "k1", "requests": 5}, {"key": "k2", "requests": 2}]),
+        ("account,day", [{"day": "2026-11-21", "account": "a1", "requests": 7}]),
     ],
 )
-def test_totals_are_of_everything_that_the_group_does_not_name(group: tuple[str, ...], totals: list[Total]) -> None:
+def test_totals_are_of_everything_that_the_group_does_not_name(group: str, totals: list[dict[str, object]]) -> None:
     rows = [used("k1", "demo"), used("k2", "demo", n=2), used("k1", "big", n=4)]
-    assert usage.grouped(rows, group) == totals
+    found = usage.grouped(rows, usage.parse_group(group))
+    for total, expected in zip(found, totals, strict=True):
+        n = expected["requests"]
+        assert isinstance(n, int)
+        counts = {"input_tokens": 10 * n, "cached_tokens": 3 * n, "output_tokens": 5 * n, "charge_nanocredits": 100 * n}
+        assert total == {**expected, **counts}
+
+
+def test_usage_cannot_be_grouped_by_what_it_does_not_know() -> None:
+    with pytest.raises(ValueError, match="day, account, model, key"):
+        usage.parse_group("day,colour")
+
+
+def test_a_span_is_thirty_days_unless_both_ends_are_named() -> None:
+    now = 20_778 * 86_400 + 5.0
+    assert Span.parse(None, None, now) == Span(20_749, 20_778)
+    assert Span.parse("2026-11-21", None, now) == Span(20_778, 20_778)
+    assert Span.parse(None, "1970-01-30", now) == Span(0, 29)
+    with pytest.raises(ValueError, match="comes after"):
+        Span.parse("2026-11-22", None, now)
 
 
 def test_days_are_utc_and_checked() -> None:
     assert [usage.day_of(moment) for moment in (0, 86_399.9, 86_400)] == [0, 0, 1]
-    assert [usage.day_text(day) for day in (0, 20_778, usage.DAY_MAX)] == ["1970-01-01", "2026-11-21", "9999-12-31"]
+    assert [usage.day_text(day) for day in (0, 20_778)] == ["1970-01-01", "2026-11-21"]
     assert usage.parse_day("2026-11-21") == 20_778
     for wrong in ("", "2026-02-29", "20260228", "2026-2-28", "yesterday", "2026-W01-1"):
         with pytest.raises(ValueError, match="no day"):

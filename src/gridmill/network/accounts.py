@@ -16,6 +16,7 @@ from typing import NewType
 
 import msgspec
 
+from gridmill.network import ledger
 from gridmill.network.credits import NANOCREDITS_MAX
 from gridmill.network.store import Action, Row, Store, StoreUnusable, Transaction
 
@@ -143,7 +144,6 @@ class Accounts:
         self._stale_accounts: set[str] = set()
         self._all_stale = False
         self._something_stale = asyncio.Event()
-        store.listen(self.changed)
 
     async def load(self) -> None:
         async with self._one_change:
@@ -252,11 +252,7 @@ class Accounts:
                 row.expires_seconds,
             )
             if row.budget_nanocredits is not None:
-                await transaction.do(
-                    "INSERT INTO key_budgets (key_id, budget, committed) VALUES (?, ?, 0)",
-                    row.key_id,
-                    row.budget_nanocredits,
-                )
+                await ledger.set_budget(transaction, row.key_id, row.budget_nanocredits)
             await transaction.announce("keys", row.key_id)
 
         async with self._one_change:
@@ -364,7 +360,7 @@ class Accounts:
     # ------------------------------------------------------------ what others changed
 
     def changed(self, topic: str, subject: str) -> None:
-        """An announcement of the store. Many are read at once, by `watch`."""
+        """For `Store.listen`: an announcement. Many are read at once, by `watch`."""
         match topic:
             case "keys":
                 self._stale_keys.add(subject)
@@ -496,8 +492,8 @@ def _check_number(what: str, value: int | None, low: int, high: int) -> None:
 _ACCOUNTS_SQL = "SELECT account_id, name, created_seconds, frozen_seconds FROM accounts"
 _KEYS_SQL = (
     "SELECT k.key_id, k.account_id, k.name, k.scope, k.created_seconds, k.revoked_seconds, k.requests_per_minute,"
-    " k.cost_per_minute_nanocredits, k.expires_seconds, NULL, k.key_sha256"
-    " FROM api_keys k"
+    " k.cost_per_minute_nanocredits, k.expires_seconds, b.budget, k.key_sha256"
+    " FROM api_keys k LEFT JOIN key_budgets b ON b.key_id = k.key_id"
 )
 _Read = tuple[list[AccountRow], list[tuple[KeyRow, bytes]]]
 
@@ -523,6 +519,16 @@ def _read(accounts: list[Row], keys: list[Row]) -> _Read:
         [AccountRow(AccountId(row[0]), *row[1:]) for row in accounts],
         [(KeyRow(KeyId(row[0]), AccountId(row[1]), *row[2:-1]), bytes(row[-1])) for row in keys],
     )
+
+
+async def nodes_of(transaction: Transaction, account_id: str) -> list[dict[str, object]]:
+    """The nodes that joined with keys of this account, the latest first, as JSON objects."""
+    names = ("node_id", "key_id", "last_seen_seconds")
+    rows = await transaction.all(
+        f"SELECT {', '.join(names)} FROM node_keys WHERE account_id = ? ORDER BY last_seen_seconds DESC, node_id",
+        account_id,
+    )
+    return [dict(zip(names, row, strict=True)) for row in rows]
 
 
 async def _insert_account(transaction: Transaction, row: AccountRow) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from typing import Any
 
 import msgspec
 
@@ -29,11 +30,28 @@ CREATE TABLE usage_days (
 );
 """
 
-GROUPS = ("day", "model", "key")
+GROUPS = ("day", "account", "model", "key")
+DAYS_SHOWN = 30
 DAY_SECONDS = 86_400
 _ORDINAL_1970 = datetime.date(1970, 1, 1).toordinal()
-DAY_MAX = datetime.date.max.toordinal() - _ORDINAL_1970
+_COUNTS = ("requests", "input_tokens", "cached_tokens", "output_tokens", "charge_nanocredits")
 _DAY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
+
+
+class Span(msgspec.Struct, frozen=True):
+    """Days from `since` to `until`, both included."""
+
+    since: int
+    until: int
+
+    @classmethod
+    def parse(cls, since: str | None, until: str | None, now: float) -> Span:
+        """Of two days as people write them; by default the last DAYS_SHOWN. Raises ValueError with a sentence."""
+        last = day_of(now) if until is None else parse_day(until)
+        first = last - DAYS_SHOWN + 1 if since is None else parse_day(since)
+        if first > last:
+            raise ValueError(f"{day_text(first)} comes after {day_text(last)}: the first day goes first")
+        return cls(first, last)
 
 
 class UsageRow(msgspec.Struct, frozen=True):
@@ -74,47 +92,46 @@ async def add(transaction: Transaction, rows: Iterable[UsageRow]) -> None:
     )
 
 
-async def read(transaction: Transaction, account_id: str, since: int = 0, until: int = DAY_MAX) -> list[UsageRow]:
-    """All totals of an account from the day `since` to the day `until`, both included, in order of days."""
+async def read(transaction: Transaction, account_id: str | None, span: Span) -> list[UsageRow]:
+    """The totals of an account, or of all, in order of days."""
+    whose, values = ("account_id = ? AND", [account_id]) if account_id is not None else ("", [])
     rows = await transaction.all(
         "SELECT account_id, key_id, model, day, requests, input_tokens, cached_tokens, output_tokens,"
-        " charge_nanocredits FROM usage_days WHERE account_id = ? AND day >= ? AND day <= ?"
-        " ORDER BY day, model, key_id",
-        account_id,
-        since,
-        until,
+        f" charge_nanocredits FROM usage_days WHERE {whose} day >= ? AND day <= ?"
+        " ORDER BY day, account_id, model, key_id",
+        *values,
+        span.since,
+        span.until,
     )
     return [UsageRow(*row) for row in rows]
 
 
-class Total(msgspec.Struct, frozen=True):
-    """Usage added up over everything that its group does not name."""
-
-    day: str = ""
-    model: str = ""
-    key_id: str = ""
-    requests: int = 0
-    input_tokens: int = 0
-    cached_tokens: int = 0
-    output_tokens: int = 0
-    charge_nanocredits: int = 0
-
-
-def grouped(rows: Iterable[UsageRow], group: Iterable[str]) -> list[Total]:
-    """One total for each different value of the named parts, `day`, `model` and `key`, in the order of `rows`."""
-    wanted = set(group)
-    totals: dict[tuple[str, str, str], list[int]] = {}
+def grouped(rows: Iterable[UsageRow], group: Collection[str]) -> list[dict[str, Any]]:
+    """Totals for each different value of the parts that `group` names, as JSON objects, in the order of `rows`."""
+    totals: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in rows:
-        key = (
-            day_text(row.day) if "day" in wanted else "",
-            row.model if "model" in wanted else "",
-            row.key_id if "key" in wanted else "",
-        )
-        numbers = (row.requests, row.input_tokens, row.cached_tokens, row.output_tokens, row.charge_nanocredits)
-        known = totals.setdefault(key, [0, 0, 0, 0, 0])
-        for place, number in enumerate(numbers):
-            known[place] += number
-    return [Total(*key, *numbers) for key, numbers in totals.items()]
+        parts = {
+            name: value
+            for name, value in (
+                ("day", day_text(row.day)),
+                ("account", row.account_id),
+                ("model", row.model),
+                ("key", row.key_id),
+            )
+            if name in group
+        }
+        total = totals.setdefault(tuple(parts.values()), {**parts, **dict.fromkeys(_COUNTS, 0)})
+        for name in _COUNTS:
+            total[name] += getattr(row, name)
+    return list(totals.values())
+
+
+def parse_group(text: str) -> frozenset[str]:
+    """The parts in a comma list. Raises ValueError with a sentence."""
+    parts = frozenset(part.strip() for part in text.split(",") if part.strip())
+    if not parts <= set(GROUPS):
+        raise ValueError(f"{text[:40]!r} names no parts of usage: group by any of {', '.join(GROUPS)}")
+    return parts
 
 
 class Earned(msgspec.Struct, frozen=True):
@@ -131,21 +148,22 @@ class Earned(msgspec.Struct, frozen=True):
     countersigned: bool
 
 
-async def earned(
-    transaction: Transaction, account_id: str, since_seconds: int = 0, until_seconds: int = 1 << 62
-) -> list[Earned]:
-    """Of all nodes that joined with keys of this account, in periods that began from `since` on and before `until`."""
+async def earned(transaction: Transaction, account_id: str, span: Span) -> list[Earned]:
+    """Of all nodes that joined with keys of this account, in periods that began within these days."""
     rows = await transaction.all(
         "SELECT c.node_id, c.class_id, c.period_start_seconds, c.period_seconds, c.input_tokens, c.cached_tokens,"
-        " c.output_tokens, c.pay_nanocredits, c.seq, c.countersigned_seq"
+        " c.output_tokens, c.pay_nanocredits, c.countersigned_seq >= c.seq"
         " FROM node_keys n JOIN receipt_counters c ON c.node_id = n.node_id"
         " WHERE n.account_id = ? AND c.period_start_seconds >= ? AND c.period_start_seconds < ?"
         " ORDER BY c.period_start_seconds, c.node_id, c.class_id",
         account_id,
-        since_seconds,
-        until_seconds,
+        span.since * DAY_SECONDS,
+        (span.until + 1) * DAY_SECONDS,
     )
-    return [Earned(*row[:8], countersigned=row[9] >= row[8]) for row in rows]
+    return [
+        Earned(node_id, class_id, start, length, tokens_in, cached, tokens_out, pay, bool(signed))
+        for node_id, class_id, start, length, tokens_in, cached, tokens_out, pay, signed in rows
+    ]
 
 
 def day_of(seconds: float) -> int:
