@@ -20,17 +20,20 @@ from urllib.parse import urlsplit
 import uvicorn
 
 from gridmill import __version__
-from gridmill.network.accounts import Accounts
+from gridmill.network.accounts import Accounts, KeyId
+from gridmill.network.books import Books, GatewayId
 from gridmill.network.control import ControlError, ControlServer, FolderLock
 from gridmill.network.dispatch import Dispatcher
 from gridmill.network.gateway.asgi import HttpProtocol, Receive, Scope, Send, WebSocketProtocol, send_bytes
 from gridmill.network.gateway.openai import OpenAIGateway
+from gridmill.network.limits import Limits
 from gridmill.network.links import Links
+from gridmill.network.metering import FeePolicy
 from gridmill.network.metrics import Metrics
 from gridmill.network.operator import MIGRATIONS, Operations
 from gridmill.network.registry import Registry
 from gridmill.network.settings import NetworkSettings, is_loopback
-from gridmill.network.store import SqliteStore, Store
+from gridmill.network.store import Store, Transaction, store_at
 from gridmill.network.text import TextService
 from gridmill.wire.identity import Identity
 from gridmill.wire.link import Link, NetworkSide, Reason
@@ -54,7 +57,7 @@ async def run_network(
     _check_certificate(settings)
     settings.data.mkdir(parents=True, exist_ok=True, mode=0o700)
     lock = FolderLock(settings.data / "network.lock", "gridmill network")
-    store = SqliteStore(settings.data / "network.sqlite", wall_clock=time.time)
+    store = store_at(settings.database or settings.data / "network.sqlite", wall_clock=time.time)
     texts = TextService(workers=settings.text_workers)
     try:
         await store.open(MIGRATIONS)
@@ -79,8 +82,27 @@ async def _serve(
     identity = Identity.load_or_create(settings.data / "network.key")
     gateway_secret = _gateway_secret(settings.data / "gateway.secret")
     base_url = _base_url(settings, listener)
+    await _one_network(store, identity.public)
     accounts = Accounts(store, now=time.time, entropy=secrets.token_bytes)
-    registry = Registry(store, approve=settings.approve_mode, own_nodes=own_nodes, now=time.time)
+    registry = Registry(
+        store,
+        approve=settings.approve_mode,
+        own_nodes=own_nodes,
+        fees=FeePolicy(fee_basis_points=settings.fee_basis_points),
+        now=time.time,
+    )
+    books = Books(
+        store,
+        holder=_gateway_id(settings.data / "gateway.id"),
+        network_key=identity.public,
+        clock=_unstoppable_clock,
+        wall_ms=lambda: int(time.time() * 1000),
+        entropy=secrets.token_bytes,
+        period_seconds=settings.receipt_period_seconds,
+        lease_seconds=settings.lease_seconds,
+    )
+    for heard in (accounts.changed, registry.heard, books.heard):
+        store.listen(heard)
     await accounts.load()
     await registry.load()
     async with asyncio.TaskGroup() as tasks:
@@ -97,6 +119,7 @@ async def _serve(
         dispatcher = Dispatcher(
             registry=registry,
             links=links,
+            books=books,
             observer=metrics,
             clock=time.monotonic,
             queue_timeout_seconds=settings.queue_timeout_seconds,
@@ -106,6 +129,8 @@ async def _serve(
             accounts=accounts,
             texts=texts,
             dispatcher=dispatcher,
+            books=books,
+            limits=Limits(),
             metrics=metrics,
             body_bytes=settings.body_bytes,
             client_stall_timeout_seconds=settings.client_stall_timeout_seconds,
@@ -120,9 +145,16 @@ async def _serve(
             software=f"gridmill/{__version__}",
             heartbeat_seconds=settings.heartbeat_seconds,
         )
+
+        def revoked(key_ids: Collection[KeyId]) -> None:
+            dispatcher.revoke(key_ids)
+            links.revoke(key_ids)
+
+        accounts.revoked = revoked
         operations = Operations(
             accounts,
             registry,
+            store=store,
             links=links,
             dispatcher=dispatcher,
             base_url=base_url,
@@ -150,6 +182,16 @@ async def _serve(
                 ssl_keyfile=settings.tls_key,
             )
         )
+        loops = [
+            tasks.create_task(loop, name=name)
+            for name, loop in (
+                ("books", books.run()),
+                ("leases", books.keep()),
+                ("accounts", accounts.watch()),
+                ("names", registry.watch()),
+            )
+        ]
+        await books.recover()
         await links.relearn()
         serving = tasks.create_task(server.serve(sockets=[listener]), name="http")
         await control.start()
@@ -164,7 +206,41 @@ async def _serve(
             links.say_goodbye(Reason.STOPPING, "the network is shutting down")
             server.should_exit = True
             await control.stop()
+            await books.close()
+            for loop in loops:
+                loop.cancel()
     return 0
+
+
+async def _one_network(store: Store, network_key: bytes) -> None:
+    """All gateways of one database are one network: receipts are signed with its key. Raises ControlError."""
+
+    async def first_or_same(transaction: Transaction) -> bytes:
+        await transaction.do("INSERT INTO network_key (one, key) VALUES (1, ?) ON CONFLICT DO NOTHING", network_key)
+        row = await transaction.one("SELECT key FROM network_key")
+        assert row is not None
+        return bytes(row[0])
+
+    known = await store.run(first_or_same)
+    if known != network_key:
+        raise ControlError(
+            f"this database belongs to the network with key {known.hex()}, not {network_key.hex()}: copy network.key "
+            "and gateway.secret from a data folder of that network, or use another --database"
+        )
+
+
+def _unstoppable_clock() -> float:
+    """Monotonic seconds that go on while the machine sleeps: a lease must not outlive a closed lid."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
+
+
+def _gateway_id(path: Path) -> GatewayId:
+    """Who this gateway is in the books: what it left behind when it was killed is found under the same name."""
+    if not path.exists():
+        part = path.with_suffix(".part")
+        part.write_text(f"gateway-{secrets.token_hex(8)}\n")
+        part.replace(path)
+    return GatewayId(path.read_text().strip())
 
 
 class Door:

@@ -1,4 +1,8 @@
-"""The one road of a Work: `serve` → place → link → the node's engine, and back through `emit`.
+"""The one road of a Work: `serve` → place → link → the node's engine, and back through `emit`, then the bill.
+
+Delivered ids are charged and paid however the work ends; ids that nobody was given cost nothing. A caller who leaves
+pays the prompt once an id was made, and before that as much of it as the node can have computed. A node that breaks off
+without having said that it drains forfeits its prefill.
 
 Whose fault an ending was:
 
@@ -15,17 +19,20 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from typing import Literal, Protocol
 
 import msgspec
 
 from gridmill.network import scheduler
-from gridmill.network.accounts import Account
+from gridmill.network.accounts import KeyId
+from gridmill.network.books import Books, Finish, Order, Server
 from gridmill.network.links import LinkLost, Links, NodeLink, NodeSilent, NodeStream
-from gridmill.network.registry import Registry
+from gridmill.network.metering import FREE, Usage
+from gridmill.network.registry import NodeRecord, Registry
 from gridmill.wire.classes import ClassId
 from gridmill.wire.messages import Emission, End, Generate, NodeId, Refuse
+from gridmill.wire.sampling import pack_ids
 
 log = logging.getLogger("gridmill.network.dispatch")
 
@@ -85,12 +92,13 @@ class Enough(Exception):
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """How a work ended well, with what was delivered as the network counted it."""
+    """How a work ended well, with what was delivered as the network counted it, and what it cost the caller."""
 
     kind: Literal["stop", "length", "cancelled"]
     output_tokens: int
     cached_tokens: int
     node_ids: tuple[str, ...]
+    charge_nanocredits: int = 0
 
 
 class Observer(Protocol):
@@ -118,14 +126,17 @@ class Dispatcher:
         *,
         registry: Registry,
         links: Links,
+        books: Books,
         observer: Observer,
         clock: Callable[[], float],
         queue_timeout_seconds: float = 30.0,
     ) -> None:
         self._registry = registry
         self._links = links
+        self._books = books
         self._observer = observer
         self._clock = clock
+        self._serving: dict[KeyId, set[_Serving]] = {}
         self._queue_timeout_seconds = queue_timeout_seconds
         self._waiting: dict[ClassId, deque[asyncio.Future[None]]] = {}
         self._waiting_count = 0
@@ -133,16 +144,43 @@ class Dispatcher:
         registry.changed = self._wake
 
     async def serve(
-        self, work: Generate, account: Account, emit: Emit, *, placed: Placed = lambda node_id: None
+        self, work: Generate, order: Order, emit: Emit, *, placed: Placed = lambda node_id: None
     ) -> Outcome:
         """Runs one work to its end. Raises CallerFault, NodeFault or NoRoom; the caller's own errors pass through.
 
-        `placed(node_id)` is called when a node has accepted. Each id reaches `emit` exactly once, in order.
+        `order` is what the books hold for it, and is settled or released however this ends. `placed(node_id)` is called
+        when a node has accepted. Each id reaches `emit` exactly once, in order.
         """
-        run = _Run(work, self._registry, self._observer, self._clock)
+        key_id = KeyId(order.payer.key_id)
+        task = asyncio.current_task()
+        assert task is not None
+        serving = _Serving(task)
+        self._serving.setdefault(key_id, set()).add(serving)
+        try:
+            return await self._serve(work, order, emit, placed)
+        except asyncio.CancelledError:
+            if serving.revoked and not task.uncancel():
+                raise CallerFault(401, "invalid_api_key", "this API key was revoked while its request ran") from None
+            raise
+        finally:
+            self._books.release(order)
+            self._serving[key_id].discard(serving)
+            if not self._serving[key_id]:
+                del self._serving[key_id]
+
+    def revoke(self, key_ids: Collection[KeyId]) -> None:
+        """Cancels all that runs or waits with these keys."""
+        for key_id in key_ids:
+            for serving in tuple(self._serving.get(key_id, ())):
+                if not serving.revoked:
+                    serving.revoked = True
+                    serving.task.cancel()
+
+    async def _serve(self, work: Generate, order: Order, emit: Emit, placed: Placed) -> Outcome:
+        run = _Run(work, order, self._registry, self._books, self._observer, self._clock)
         failure: _Refused | None = None
         for _ in range(PLACEMENTS_MAX):
-            node_link = await self._place(work, run.excluded, failure)
+            node_link = await self._place(work, order, run.excluded, failure)
             try:
                 return await run.on(node_link, emit, placed)
             except _Refused as refused:
@@ -173,7 +211,7 @@ class Dispatcher:
 
     # ------------------------------------------------------------ placement and the queue before it
 
-    async def _place(self, work: Generate, excluded: set[NodeId], failure: _Refused | None) -> NodeLink:
+    async def _place(self, work: Generate, order: Order, excluded: set[NodeId], failure: _Refused | None) -> NodeLink:
         class_id = ClassId(work.class_id)
         prompt_tokens = len(work.prompt) // 4
         deadline = self._clock() + self._queue_timeout_seconds
@@ -186,7 +224,12 @@ class Dispatcher:
             # Whoever came first goes first: a newcomer does not take the place that was freed for somebody waiting.
             ahead = first_look and bool(self._waiting.get(class_id))
             found = scheduler.place(
-                class_id, prompt_tokens, work.sampling.max_tokens, self._registry.snapshot(), excluded=excluded
+                class_id,
+                prompt_tokens,
+                work.sampling.max_tokens,
+                self._registry.snapshot(),
+                excluded=excluded,
+                affordable_nanocredits=order.amount,
             )
             if isinstance(found, scheduler.Placement) and not ahead:
                 node_link = self._links.find(found.node_id)
@@ -258,32 +301,60 @@ class Dispatcher:
                 waiter.set_result(None)
 
 
+class _Serving:
+    """One call of `serve`, so that a revoked key can end it."""
+
+    def __init__(self, task: asyncio.Task[object]) -> None:
+        self.task = task
+        self.revoked = False
+
+
 class _Run:
     """One work's way over one or more nodes, until its first id is out."""
 
-    def __init__(self, work: Generate, registry: Registry, observer: Observer, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        work: Generate,
+        order: Order,
+        registry: Registry,
+        books: Books,
+        observer: Observer,
+        clock: Callable[[], float],
+    ) -> None:
         self._work = work
+        self._order = order
         self._registry = registry
+        self._books = books
         self._observer = observer
         self._clock = clock
-        self._delivered = 0
+        self._prompt_tokens = len(work.prompt) // 4
         self.excluded: set[NodeId] = set()
         self.node_ids: list[NodeId] = []
 
     async def on(self, node_link: NodeLink, emit: Emit, placed: Placed) -> Outcome:
         record = node_link.record
         assert record is not None
+        order = self._order
         class_id = ClassId(self._work.class_id)
         self.excluded.add(record.node_id)
         self.node_ids.append(record.node_id)
         offered = self._clock()
         if not node_link.can_open:
             raise _Refused("link_full", "the node's link carries as many works as it can")
-        stream = node_link.open(self._work, class_id)
+        row = record.prices.get(class_id, FREE)
+        work = self._work
+        if not row.free or work.epoch != order.epoch:
+            work = msgspec.structs.replace(work, price=row.price, epoch=order.epoch)
+        cached_tokens = record.sent.cached_tokens(class_id, work.cache_salt, work.prompt, offered)
+        stream = node_link.open(work, class_id)
         try:
             await self._accepted(stream)
+            accepted = self._clock()
+            server = Server(record.node_id, record.node_key, record.owner_id, row)
+            self._books.serve(order, server, work.prompt, work.salt, cached_tokens)
             placed(record.node_id)
             first_token = 0.0
+            before = 0
             while True:
                 emissions = await stream.take(STALL_TIMEOUT_SECONDS)
                 if not emissions:
@@ -291,40 +362,46 @@ class _Run:
                 if not first_token:
                     first_token = self._clock()
                     self._observer.first_token(first_token - offered)
-                count = 0
+                before = order.count
                 for emission in emissions:
-                    count += len(emission.ids)
-                # Counted before `emit`: what was handed to the caller's socket is delivered, even if it then leaves.
-                self._delivered += count
+                    # Before `emit`: what was handed to the caller's socket is delivered, even if it then leaves.
+                    order.deliver(emission.ids)
+                count = order.count - before
                 self._observer.tokens_delivered(count)
                 await emit(emissions)
                 node_link.grant(stream, count)
         except Enough as enough:
-            node_link.cancel(stream, enough.keep)
-            cached_tokens = await self._last_word(stream)
-            return self._outcome("stop", min(enough.keep, self._delivered), cached_tokens)
+            keep = min(enough.keep, order.count)
+            node_link.cancel(stream, keep)
+            await self._last_word(stream)
+            return self._settled("stop", keep, stream, record)
         except LinkLost as lost:
-            raise self._failure("node_lost", f"the node was lost ({lost})") from None
+            raise self._failure("node_lost", f"the node was lost ({lost})", forfeits=not record.draining) from None
         except NodeSilent:
-            node_link.cancel(stream)
+            node_link.cancel(stream, order.count)
             raise self._failure("node_stalled", f"the node sent nothing for {STALL_TIMEOUT_SECONDS:.0f} s") from None
-        except BaseException:
+        except (_Refused, CallerFault):
             node_link.cancel(stream)
             raise
-        end = stream.end
-        assert end is not None
-        prompt_tokens = len(self._work.prompt) // 4
-        cached_tokens = self._cached_tokens(end)
+        except NodeFault:
+            node_link.cancel(stream, before)  # `emit` could not read the last ids: nobody was given them
+            self._settle(Usage(0, 0, before), "failed", None)
+            raise
+        except BaseException:
+            node_link.cancel(stream, order.count)
+            if order.server is not None:
+                self._settle_when_claimed(self._left_after(self._clock() - accepted, record, class_id), stream)
+            raise
         if first_token:
             self._registry.observe(
                 record,
                 class_id,
-                prefill_tokens=prompt_tokens - cached_tokens,
+                prefill_tokens=self._prompt_tokens - max(cached_tokens, self._claimed_cached(stream.end)),
                 ttft_seconds=first_token - offered,
-                tokens=self._delivered - 1,
+                tokens=order.count - 1,
                 seconds=self._clock() - first_token,
             )
-        return self._judge(end, cached_tokens)
+        return self._judge(stream, record)
 
     async def _accepted(self, stream: NodeStream) -> None:
         try:
@@ -338,34 +415,77 @@ class _Run:
                 raise CallerFault(400, "node_refused", detail)
             raise _Refused("node_refused", detail)
 
-    async def _last_word(self, stream: NodeStream) -> int:
-        """The node's End after a cancel tells how much of the prompt it had cached; a slow node is not awaited."""
+    def _claimed_cached(self, end: End | None) -> int:
+        """A hint for the speed of prefill, never for money."""
+        return min(end.cached_tokens, self._prompt_tokens) if end is not None else 0
+
+    async def _last_word(self, stream: NodeStream) -> None:
+        """After a cancel the node's End brings its signature; a slow node is not awaited."""
         try:
             async with asyncio.timeout(LAST_WORD_TIMEOUT_SECONDS):
                 while await stream.take(LAST_WORD_TIMEOUT_SECONDS):
                     pass  # Ids that were on their way when the answer was already complete.
         except (TimeoutError, NodeSilent, LinkLost):
-            return 0
-        return self._cached_tokens(stream.end)
+            pass
 
-    def _cached_tokens(self, end: End | None) -> int:
-        return max(0, min(end.cached_tokens, len(self._work.prompt) // 4)) if end is not None else 0
-
-    def _judge(self, end: End, cached_tokens: int) -> Outcome:
-        work = self._work
+    def _judge(self, stream: NodeStream, record: NodeRecord) -> Outcome:
+        work, end, delivered = self._work, stream.end, self._order.count
+        assert end is not None
         if end.kind == "failed":
             raise self._failure("node_failed", f"the node says: {end.detail or 'its engine failed'}")
         if end.kind == "cancelled":
-            raise self._failure("node_cancelled", "the node stopped by itself")
-        if end.count != self._delivered:
-            raise self._failure("count_disagrees", f"the node says {end.count} ids, {self._delivered} arrived")
-        if end.kind == "length" and self._delivered + len(work.delivered) // 4 != work.sampling.max_tokens:
+            raise self._failure("node_cancelled", "the node stopped by itself", forfeits=not record.draining)
+        if end.count != delivered:
+            raise self._failure("count_disagrees", f"the node says {end.count} ids, {delivered} arrived")
+        if end.kind == "length" and delivered + len(work.delivered) // 4 != work.sampling.max_tokens:
             raise self._failure("ended_early", "the node called the answer complete before it had its length")
-        return self._outcome(end.kind, self._delivered, cached_tokens)
+        return self._settled(end.kind, delivered, stream, record)
 
-    def _outcome(self, kind: Literal["stop", "length", "cancelled"], output_tokens: int, cached_tokens: int) -> Outcome:
-        return Outcome(kind, output_tokens, cached_tokens, tuple(self.node_ids))
+    # ------------------------------------------------------------ the bill
 
-    def _failure(self, code: str, detail: str) -> Exception:
-        """Before the first id another node can begin afresh; after it the caller has to know."""
-        return NodeFault(code, detail) if self._delivered else _Refused(code, detail)
+    def _settled(
+        self, kind: Literal["stop", "length", "cancelled"], keep: int, stream: NodeStream, record: NodeRecord
+    ) -> Outcome:
+        order = self._order
+        used = Usage(self._prompt_tokens, order.cached_tokens, keep)
+        charged = self._settle(used, kind, stream.end)
+        work = self._work
+        answer = pack_ids(order.ids()[:keep])
+        record.sent.remember(ClassId(work.class_id), work.cache_salt, work.prompt + answer, self._clock())
+        return Outcome(kind, keep, order.cached_tokens, tuple(self.node_ids), charged)
+
+    def _settle(self, used: Usage, finish: Finish, end: End | None) -> int:
+        if end is None:
+            return self._books.settle(self._order, used, finish)
+        return self._books.settle(self._order, used, finish, commit_root=end.commit_root, claim=end.signature)
+
+    def _settle_when_claimed(self, used: Usage, stream: NodeStream) -> None:
+        """The caller left. The node's End brings its signature for the receipt within a step, unless it is slow."""
+
+        def settle() -> None:
+            timer.cancel()
+            self._settle(used, "cancelled", stream.end)
+
+        self._order.deferred = settle
+        timer = asyncio.get_running_loop().call_later(LAST_WORD_TIMEOUT_SECONDS, settle)
+        stream.when_over(settle)
+
+    def _left_after(self, seconds: float, record: NodeRecord, class_id: ClassId) -> Usage:
+        """A caller who leaves pays the prompt once an id was made, before that what can have been computed of it."""
+        order = self._order
+        if order.count:
+            return Usage(self._prompt_tokens, order.cached_tokens, order.count)
+        rate = record.prefill_speed.get(class_id, 0.0)
+        computed = min(self._prompt_tokens, order.cached_tokens + int(seconds * rate))
+        return Usage(computed, min(order.cached_tokens, computed), 0)
+
+    def _failure(self, code: str, detail: str, *, forfeits: bool = True) -> Exception:
+        """Before the first id another node can begin afresh; after it the caller has to know, and pays what it got."""
+        order = self._order
+        if not order.count:
+            self._books.unserve(order)
+            return _Refused(code, detail)
+        if order.server is not None:
+            used = Usage(0 if forfeits else self._prompt_tokens, 0 if forfeits else order.cached_tokens, order.count)
+            self._settle(used, "failed", None)
+        return NodeFault(code, detail)

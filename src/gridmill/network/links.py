@@ -76,6 +76,14 @@ class NodeStream:
         self._timer: asyncio.TimerHandle | None = None
         self._on_end = on_end
         self._ended = False
+        self._over: Callable[[], None] | None = None
+
+    def when_over(self, callback: Callable[[], None]) -> None:
+        """Calls back once, when the node has said its last word or is gone; at once if that was before."""
+        if self._ended:
+            callback()
+        else:
+            self._over = callback
 
     async def answer(self, patience_seconds: float) -> Accept | Refuse:
         """What the node said to the offer. Raises LinkLost, or NodeSilent when it says nothing for that long."""
@@ -151,6 +159,8 @@ class NodeStream:
                 self._timer.cancel()
                 self._timer = None
             self._on_end()
+            if self._over is not None:
+                self._over()
         self._rouse()
 
     def _rouse(self) -> None:

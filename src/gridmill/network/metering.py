@@ -89,24 +89,6 @@ def most(row: PriceRow, input_tokens: int, max_tokens: int) -> int:
     return charge(row, Usage(input_tokens, 0, max_tokens)).total
 
 
-def affordable_tokens(row: PriceRow, input_tokens: int, nanocredits: int, at_most: int) -> int:
-    """How many output tokens that much buys after the prompt; -1 when it does not even buy the prompt."""
-    if most(row, input_tokens, at_most) <= nanocredits:
-        return at_most
-    low, high = -1, at_most  # low fits (or is the answer), high does not
-    while high - low > 1:
-        middle = (low + high) // 2
-        if most(row, input_tokens, middle) <= nanocredits:
-            low = middle
-        else:
-            high = middle
-    return low
-
-
-def dearest(rows: Iterable[PriceRow], input_tokens: int, max_tokens: int) -> PriceRow:
-    return max(rows, key=lambda row: most(row, input_tokens, max_tokens))
-
-
 def cheapest(rows: Iterable[PriceRow], input_tokens: int, max_tokens: int) -> PriceRow:
     return min(rows, key=lambda row: most(row, input_tokens, max_tokens))
 

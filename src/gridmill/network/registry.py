@@ -18,6 +18,7 @@ import msgspec
 
 from gridmill.network.detokenise import ClassText
 from gridmill.network.metering import FREE, FeePolicy, PriceRow
+from gridmill.network.prefixes import SentPrefixes
 from gridmill.network.store import Row, Store, StoreUnusable, Transaction
 from gridmill.wire.classes import CLASS_ID_SHORT, ClassId, ModelClass, TextFacts, facts_bytes, parse_facts
 from gridmill.wire.messages import ClassOffer, NodeId, OwnerId, Price, Telemetry
@@ -136,6 +137,7 @@ class NodeRecord:
         self.round_trip_seconds = 0.0
         self.offers: dict[ClassId, ClassOffer] = {}
         self.prices: dict[ClassId, PriceRow] = {}
+        self.sent = SentPrefixes()
         self.in_flight: dict[ClassId, int] = {}
         self.decode_speed: dict[ClassId, float] = {}
         self.prefill_speed: dict[ClassId, float] = {}

@@ -11,6 +11,7 @@ from typing import Literal
 
 import msgspec
 
+from gridmill.network.metering import most
 from gridmill.network.registry import NodeView, Snapshot
 from gridmill.wire.messages import NodeId
 
@@ -36,9 +37,22 @@ def place(
     snapshot: Snapshot,
     *,
     excluded: Collection[NodeId] = (),
+    affordable_nanocredits: int | None = None,
 ) -> Placement | Full:
-    """The node with the least expected time among those with room; `excluded` already failed this work."""
-    candidates = [view for view in snapshot.by_class.get(class_id, ()) if view.node_id not in excluded]
+    """The node with the least expected time among those with room; `excluded` already failed this work.
+
+    A node that could cost more than `affordable_nanocredits`, which is what is held for this work, is no candidate.
+    """
+    candidates = [
+        view
+        for view in snapshot.by_class.get(class_id, ())
+        if view.node_id not in excluded
+        and (
+            affordable_nanocredits is None
+            or view.price.free
+            or most(view.price, prompt_tokens, max_tokens) <= affordable_nanocredits
+        )
+    ]
     if not any(not view.draining for view in candidates):
         return Full("no_node")
     free = [view for view in candidates if view.free_slots > 0]

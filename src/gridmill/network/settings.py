@@ -29,6 +29,20 @@ class NetworkSettings:
     approve: Literal["open", "operator"] | None = setting(
         None, help="who decides what a model name means: open = any node (default on loopback), operator elsewhere"
     )
+    database: str | None = setting(
+        None,
+        help="postgresql://USER@HOST/NAME for several gateways on one database (default: SQLite in the data folder)",
+        secret=True,
+    )
+    fee_basis_points: int = setting(
+        500, help="what the network adds to a node's price, in hundredths of a percent; a fee on nothing is nothing"
+    )
+    receipt_period_seconds: int = setting(
+        86_400, help="receipts are totalled, and their Merkle root is published, for periods of this length"
+    )
+    lease_seconds: float = setting(
+        20.0, help="how long a gateway that dies keeps the part of a balance that it holds; it renews while it lives"
+    )
     tls_certificate: Path | None = setting(None, help="PEM file with the certificate chain, for https and wss")
     tls_key: Path | None = setting(None, help="PEM file with the certificate's private key")
     text_workers: int = setting(2, help="processes that run tokenizers and chat templates")
@@ -50,6 +64,16 @@ class NetworkSettings:
         for name in ("queue_timeout_seconds", "client_stall_timeout_seconds", "heartbeat_seconds"):
             if getattr(self, name) <= 0:
                 raise SettingsError(f"--{name.replace('_', '-')} must be above 0")
+        if not 0 <= self.fee_basis_points <= 10_000:
+            raise SettingsError(
+                "--fee-basis-points must be between 0 and 10000, which is all of the node's price again"
+            )
+        if not 1 <= self.receipt_period_seconds <= 366 * 86_400:
+            raise SettingsError("--receipt-period-seconds must be between 1 and a year")
+        if not 1.0 <= self.lease_seconds <= 3600.0:
+            raise SettingsError("--lease-seconds must be between 1 and 3600")
+        if self.database is not None and not self.database.startswith(("postgresql://", "postgres://")):
+            raise SettingsError("--database must be a postgresql:// address; without it SQLite is used")
         if self.body_bytes < 1024:
             raise SettingsError("--body-bytes must be at least 1 KiB")
 

@@ -39,10 +39,20 @@ _encode = msgspec.json.Encoder().encode
 
 
 class ApiError(Exception):
-    """An answer that is an error. `param` is the parameter at fault; `headers` go out with it."""
+    """An answer that is an error. `param` is the parameter at fault; `headers` go out with it.
+
+    `facts` are numbers for programs, under `gridmill` in the error object.
+    """
 
     def __init__(
-        self, status: int, code: str | None, message: str, *, param: str | None = None, headers: Headers | None = None
+        self,
+        status: int,
+        code: str | None,
+        message: str,
+        *,
+        param: str | None = None,
+        headers: Headers | None = None,
+        facts: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -50,14 +60,18 @@ class ApiError(Exception):
         self.message = message
         self.param = param
         self.headers = headers or []
+        self.facts = facts
 
     def body(self) -> bytes:
         """OpenAI's error object."""
         kind = _ERROR_TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        return _encode({"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}})
+        error: dict[str, Any] = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        if self.facts is not None:
+            error["gridmill"] = self.facts
+        return _encode({"error": error})
 
 
-_ERROR_TYPES = {403: "permission_error", 408: "timeout_error", 429: "rate_limit_error"}
+_ERROR_TYPES = {402: "insufficient_quota", 403: "permission_error", 408: "timeout_error", 429: "rate_limit_error"}
 
 
 class ClientGone(Exception):

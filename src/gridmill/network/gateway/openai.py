@@ -19,6 +19,8 @@ from typing import Any, Protocol
 import msgspec
 
 from gridmill.network.accounts import Account, Accounts
+from gridmill.network.books import Books, Insufficient, Order, Payer, Unavailable
+from gridmill.network.credits import show_credits
 from gridmill.network.dispatch import CallerFault, Dispatcher, Enough, NodeFault, NoRoom
 from gridmill.network.gateway.asgi import (
     EVENT_STREAM,
@@ -34,6 +36,8 @@ from gridmill.network.gateway.asgi import (
 )
 from gridmill.network.gateway.rendering import ChatFormat, Choice, CompletionFormat, Format
 from gridmill.network.gateway.requests import ChatRequest, CompletionRequest, RequestError
+from gridmill.network.limits import Limits
+from gridmill.network.metering import PriceRow, cheapest, most, within
 from gridmill.network.registry import ModelCard, Registry, UnknownModel
 from gridmill.network.text import TextError, TextService
 from gridmill.wire.classes import TextFacts
@@ -80,6 +84,8 @@ class OpenAIGateway:
         accounts: Accounts,
         texts: TextService,
         dispatcher: Dispatcher,
+        books: Books,
+        limits: Limits,
         clock: Callable[[], float],
         wall_clock: Callable[[], float],
         request_ids: Callable[[], str],
@@ -93,6 +99,8 @@ class OpenAIGateway:
         self.accounts = accounts
         self.texts = texts
         self.dispatcher = dispatcher
+        self.books = books
+        self.limits = limits
         self.clock = clock
         self.wall_clock = wall_clock
         self.request_ids = request_ids
@@ -139,15 +147,17 @@ class OpenAIGateway:
 
     async def _generate(self, kind: type[Format], scope: Scope, receive: Receive, send: Send) -> None:
         exchange = self._exchange(kind.endpoint, kind.id_prefix, scope, receive, send)
+        answer: _Answer | None = None
         try:
             _allow(scope, "POST")
             account = self._authenticate(scope, exchange)
+            self._within_rate(account)
             body = await exchange.client.read_body(self.body_bytes, self.body_timeout_seconds)
             request = kind.parse(body)
             exchange.model = request.model
             card = self.registry.resolve(request.model)
-            answer = await self._prepare(kind, request, card, exchange)
-            await answer.run(self.dispatcher, account)
+            answer = await self._prepare(kind, request, card, account, exchange)
+            await answer.run(self.dispatcher)
         except ClientGone as gone:
             exchange.status, exchange.code = CLIENT_LEFT_STATUS, f"client_{gone}"
         except asyncio.CancelledError:
@@ -156,10 +166,17 @@ class OpenAIGateway:
         except Exception as error:  # noqa: BLE001 - the one place that turns what went wrong into an answer
             await exchange.refuse(_as_api_error(error, kind.prompt_param))
         finally:
+            if answer is not None:
+                answer.release(self.books)
             self._ended(exchange)
 
     async def _prepare(
-        self, kind: type[Format], request: ChatRequest | CompletionRequest, card: ModelCard, exchange: _Exchange
+        self,
+        kind: type[Format],
+        request: ChatRequest | CompletionRequest,
+        card: ModelCard,
+        account: Account,
+        exchange: _Exchange,
     ) -> _Answer:
         """Everything that can be refused before a node is asked, in the order in which it gets dearer."""
         exchange.class_id = card.class_id
@@ -186,20 +203,93 @@ class OpenAIGateway:
         salt = self._cache_salt(exchange.account_id or "", request.cache_salt or "")
         hidden = frozenset(facts.eos_token_ids) | frozenset(request.stop_token_ids)
         form = kind(exchange.request_id, int(self.wall_clock()), card, request, text)
-        answer = _Answer(exchange, form, request)
+        wanted: list[_Wanted] = []
         for ids in await kind.encode(self.texts, card.class_id, request):
             max_tokens = min(_room(ids, facts, kind.prompt_param), request.max_tokens or DEFAULT_MAX_TOKENS)
             if request.min_tokens > max_tokens:
                 raise RequestError(f"min_tokens must be between 0 and {max_tokens}, all that fits here", "min_tokens")
-            packed = pack_ids(ids)
             exchange.prompt_tokens += len(ids)
-            for _ in range(request.n):
-                index = len(answer.choices)
-                sampling = request.sampling(choice_seed(base, index), max_tokens)
-                work_id = f"{exchange.request_id}-{index}"
-                answer.add(Generate(work_id, card.class_id, packed, sampling, cache_salt=salt), hidden)
+            wanted += [_Wanted(pack_ids(ids), len(ids), max_tokens)] * request.n
+        payer = Payer(account.account_id, account.key_id, account.has_budget)
+        held = await self._hold(request, card.class_id, account, payer, wanted)
+        answer = _Answer(exchange, form, request)
+        for index, (want, (max_tokens, amount)) in enumerate(zip(wanted, held, strict=True)):
+            work_id = f"{exchange.request_id}-{index}"
+            order = self.books.order(payer, work_id, card.class_id, card.name, want.input_tokens, amount)
+            if amount and account.cost_per_minute_nanocredits is not None:
+                order.charged = self._correct_rate(account)
+            sampling = request.sampling(choice_seed(base, index), max_tokens)
+            # Salted per work, with what no one else can know: hashes in receipts answer no guesses at a text.
+            work_salt = hmac.digest(self.gateway_secret, b"gridmill-receipt-salt-v1\0" + work_id.encode(), "sha256")[
+                :16
+            ]
+            work = Generate(work_id, card.class_id, want.prompt, sampling, cache_salt=salt, salt=work_salt)
+            answer.add(work, order, hidden)
         self.metrics.prompt_accepted(exchange.prompt_tokens)
         return answer
+
+    # ------------------------------------------------------------ money
+
+    async def _hold(
+        self,
+        request: ChatRequest | CompletionRequest,
+        class_id: str,
+        account: Account,
+        payer: Payer,
+        wanted: Sequence[_Wanted],
+    ) -> list[tuple[int, int]]:
+        """(max_tokens, nanocredits held) of each work: all of them, or an error before any work starts.
+
+        What is held is the dearest eligible offer's most, or as much of it as there is, down to the cheapest's. Where
+        the caller left max_tokens to us, fewer tokens are an answer too.
+        """
+        rows = self.registry.price_rows(class_id)
+        if request.max_price is not None and rows:
+            eligible = [row for row in rows if within(row, request.max_price)]
+            if not eligible:
+                least = cheapest(rows, 1, 1)
+                raise ApiError(
+                    402,
+                    "max_price_too_low",
+                    "no node serves this model within max_price now: the cheapest costs "
+                    f"{most(least, 1, 0)} nanocredits per input token and {most(least, 0, 1)} per output token",
+                    param="max_price",
+                )
+            rows = eligible
+        if all(row.free for row in rows):
+            return [(want.max_tokens, 0) for want in wanted]
+        want = sum([_dearest(rows, each, each.max_tokens) for each in wanted])
+        fewest = request.max_tokens or max(1, request.min_tokens)
+        amount = await self.books.admit(payer, want, sum([_cheapest(rows, each, fewest) for each in wanted]))
+        if amount == want:
+            held = [(each.max_tokens, _dearest(rows, each, each.max_tokens)) for each in wanted]
+        else:
+            held = _affordable(amount, rows, fewest, wanted)
+        rest = amount - sum([share for _, share in held])
+        self.books.give_back(payer, rest)
+        retry_after = self.limits.reserve_cost(account, amount - rest, self.clock())
+        if retry_after is not None:
+            self.books.give_back(payer, amount - rest)
+            raise ApiError(
+                429,
+                "rate_limit_exceeded",
+                f"this key may spend {show_credits(account.cost_per_minute_nanocredits or 0)} credits per minute",
+                headers=[_retry_after(retry_after)],
+            )
+        return held
+
+    def _correct_rate(self, account: Account) -> Callable[[int, int], None]:
+        return lambda held, charged: self.limits.settle_cost(account, held, charged, self.clock())
+
+    def _within_rate(self, account: Account) -> None:
+        retry_after = self.limits.admit(account, self.clock())
+        if retry_after is not None:
+            raise ApiError(
+                429,
+                "rate_limit_exceeded",
+                f"this key may ask {account.requests_per_minute} times per minute",
+                headers=[_retry_after(retry_after)],
+            )
 
     def _cache_salt(self, account_id: str, client_salt: str) -> bytes:
         """Prompts share cached work within an account only: `cached_tokens` would answer guesses at a prompt."""
@@ -219,12 +309,7 @@ class OpenAIGateway:
         scheme, _, key = offered.decode("latin-1").partition(" ")
         account = self.accounts.authenticate(key.strip()) if scheme.lower() == "bearer" else None
         if account is None:
-            raise ApiError(
-                401,
-                "invalid_api_key",
-                "this API key is not known here, or was revoked (`gridmill keys create NAME` makes one)",
-                headers=challenge,
-            )
+            raise ApiError(401, "invalid_api_key", self.accounts.why_not(key.strip()), headers=challenge)
         exchange.account_id, exchange.key_id = account.account_id, account.key_id
         if "inference" not in account.scopes:
             raise ApiError(
@@ -323,6 +408,40 @@ class _Exchange:
         }
 
 
+# ---------------------------------------------------------------- what is held for each work
+
+
+class _Wanted(msgspec.Struct, frozen=True):
+    """One work before it is known what can be held for it."""
+
+    prompt: bytes
+    input_tokens: int
+    max_tokens: int
+
+
+def _dearest(rows: Sequence[PriceRow], wanted: _Wanted, tokens: int) -> int:
+    return max([most(row, wanted.input_tokens, min(tokens, wanted.max_tokens)) for row in rows])
+
+
+def _cheapest(rows: Sequence[PriceRow], wanted: _Wanted, tokens: int) -> int:
+    return min([most(row, wanted.input_tokens, min(tokens, wanted.max_tokens)) for row in rows])
+
+
+def _affordable(amount: int, rows: Sequence[PriceRow], fewest: int, wanted: Sequence[_Wanted]) -> list[tuple[int, int]]:
+    """(max_tokens, nanocredits) of each work at the cheapest offer: as many tokens as `amount` buys, the same for all.
+
+    It buys at least `fewest`.
+    """
+    low, high = fewest, max(fewest + 1, 1 + max([each.max_tokens for each in wanted]))
+    while high - low > 1:
+        middle = (low + high) // 2
+        if sum([_cheapest(rows, each, middle) for each in wanted]) <= amount:
+            low = middle
+        else:
+            high = middle
+    return [(min(low, each.max_tokens), _cheapest(rows, each, low)) for each in wanted]
+
+
 # ---------------------------------------------------------------- from works to bytes
 
 
@@ -331,6 +450,8 @@ class _Answer:
 
     def __init__(self, exchange: _Exchange, form: Format, request: ChatRequest | CompletionRequest) -> None:
         self.choices: list[Choice] = []
+        self._orders: list[Order] = []
+        self._charge_nanocredits = 0
         self._exchange = exchange
         self._client = exchange.client
         self._form = form
@@ -340,34 +461,40 @@ class _Answer:
         self._unfinished = 0
         self._group: asyncio.TaskGroup
 
-    def add(self, work: Generate, hidden: frozenset[int]) -> None:
+    def add(self, work: Generate, order: Order, hidden: frozenset[int]) -> None:
         self.choices.append(self._form.choice(len(self.choices), work, hidden))
+        self._orders.append(order)
 
-    async def run(self, dispatcher: Dispatcher, account: Account) -> None:
+    def release(self, books: Books) -> None:
+        """Whatever was held for works that never began is free again."""
+        for order in self._orders:
+            books.release(order)
+
+    async def run(self, dispatcher: Dispatcher) -> None:
         """Serves all choices. Raises ClientGone or the first fault; the works that still ran are cancelled by then."""
         self._unfinished = len(self.choices)
         try:
             with self._client.present():
                 if len(self.choices) == 1 and not self._request.stream:
-                    await self._serve(self.choices[0], dispatcher, account)
+                    await self._serve(self.choices[0], dispatcher)
                 else:
-                    await self._serve_together(dispatcher, account)
+                    await self._serve_together(dispatcher)
                 if not self._request.stream:
                     await self._exchange.answer(200, self._form.answer(self.choices, self._usage(), self._gridmill()))
         finally:
             self._exchange.output_tokens = sum([choice.tokens for choice in self.choices])
 
-    async def _serve_together(self, dispatcher: Dispatcher, account: Account) -> None:
+    async def _serve_together(self, dispatcher: Dispatcher) -> None:
         try:
             async with asyncio.TaskGroup() as group:
                 self._group = group
                 for choice in self.choices[1:]:
-                    group.create_task(self._serve(choice, dispatcher, account))
-                await self._serve(self.choices[0], dispatcher, account)
+                    group.create_task(self._serve(choice, dispatcher))
+                await self._serve(self.choices[0], dispatcher)
         except BaseExceptionGroup as failures:
             raise _first_cause(failures) from failures
 
-    async def _serve(self, choice: Choice, dispatcher: Dispatcher, account: Account) -> None:
+    async def _serve(self, choice: Choice, dispatcher: Dispatcher) -> None:
         client, exchange = self._client, self._exchange
         streaming = self._request.stream
 
@@ -388,7 +515,9 @@ class _Answer:
             if choice.complete:
                 raise Enough(choice.tokens)
 
-        outcome = await dispatcher.serve(choice.work, account, emit, placed=self._placed)
+        order = self._orders[choice.index]
+        outcome = await dispatcher.serve(choice.work, order, emit, placed=self._placed)
+        self._charge_nanocredits += outcome.charge_nanocredits
         tail = choice.finish(outcome)
         self._unfinished -= 1
         if not streaming:
@@ -440,6 +569,7 @@ class _Answer:
             "completion_tokens": completion_tokens,
             "total_tokens": prompt_tokens + completion_tokens,
             "prompt_tokens_details": {"cached_tokens": cached_tokens},
+            "cost_nanocredits": self._charge_nanocredits,
         }
 
 
@@ -497,6 +627,10 @@ def _as_api_error(error: Exception, prompt_param: str) -> ApiError:
             return ApiError(status, error.code, error.detail, headers=[_retry_after(error.retry_after_seconds)])
         case NodeFault():
             return ApiError(502, error.code, f"the node that computed this failed: {error.detail}")
+        case Insufficient():
+            return _insufficient(error)
+        case Unavailable():
+            return ApiError(503, "ledger_unavailable", error.detail, headers=[_retry_after(error.retry_after_seconds)])
         case TextError():
             return _text_error(error, prompt_param)
         case _:
@@ -504,6 +638,31 @@ def _as_api_error(error: Exception, prompt_param: str) -> ApiError:
             return ApiError(
                 500, "internal_error", "something went wrong on our side; the request id helps us to find it"
             )
+
+
+def _insufficient(error: Insufficient) -> ApiError:
+    facts = {
+        "needed_nanocredits": error.needed,
+        "available_nanocredits": error.available,
+        "missing_nanocredits": error.missing,
+    }
+    missing = f"{show_credits(error.missing)} credits are missing"
+    if error.limited_by == "budget":
+        return ApiError(
+            402,
+            "key_budget_exhausted",
+            f"{missing}: this request may cost {show_credits(error.needed)} and this key's budget has "
+            f"{show_credits(error.available)} left; ask for fewer max_tokens, or for a larger budget",
+            facts=facts,
+        )
+    return ApiError(
+        402,
+        "insufficient_balance",
+        f"{missing}: this request may cost {show_credits(error.needed)} and "
+        f"{show_credits(error.available)} can be held for it; ask for fewer max_tokens, or have the account credited "
+        "(`gridmill credit ACCOUNT AMOUNT`)",
+        facts=facts,
+    )
 
 
 def _text_error(error: TextError, prompt_param: str) -> ApiError:

@@ -18,6 +18,8 @@ from typing import Any, NoReturn
 
 import msgspec
 
+from gridmill.wire.codec import PRICE_NANOCREDITS_MAX
+from gridmill.wire.messages import Price
 from gridmill.wire.sampling import LOGIT_BIAS_ENTRIES_MAX, STOP_TOKEN_IDS_MAX, TOP_LOGPROBS_MAX, Sampling
 
 CHOICES_MAX = 16  # `n`; each is a Work of its own
@@ -68,6 +70,7 @@ class _Request(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     cache_salt: str | None = None
+    max_price: Price | None = None
     top_logprobs: int | None = None  # as in Sampling: None reports none, 0 only the chosen ids'
 
     def sampling(self, seed: bytes, max_tokens: int) -> Sampling:
@@ -356,6 +359,22 @@ def _response_format(name: str, value: Any) -> None:
         raise RequestError(f"{name} other than text is not supported yet: leave it out", name, "unsupported_parameter")
 
 
+def _max_price(name: str, value: Any) -> Price:
+    """What the caller pays per token at most, the network's fee included: one number for all, or one each."""
+    price = _integer(0, PRICE_NANOCREDITS_MAX)
+    if type(value) is not dict:
+        most = price(name, value)
+        return Price(most, most, most)
+    for key in value:
+        if key not in ("input", "output"):
+            raise RequestError(f"unknown parameter '{name}.{_clip(key)}'", f"{name}.{_clip(key)}", "unknown_parameter")
+    read = {
+        key: PRICE_NANOCREDITS_MAX if value.get(key) is None else price(f"{name}.{key}", value[key])
+        for key in ("input", "output")
+    }
+    return Price(read["input"], read["input"], read["output"])
+
+
 def _prompt(name: str, value: Any) -> tuple[str | tuple[int, ...], ...]:
     if type(value) is str:
         return (value,)
@@ -485,6 +504,7 @@ _SHARED: Mapping[str, Reader] = {
     "ignore_eos": _boolean,
     "stop_token_ids": _stop_token_ids,
     "cache_salt": _text(LABEL_CHARACTERS_MAX),
+    "max_price": _max_price,
     "response_format": _response_format,
     **ACCEPTED_WITHOUT_EFFECT,
     **dict.fromkeys(_NOT_YET, _not_yet),

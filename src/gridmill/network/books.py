@@ -1,0 +1,1151 @@
+"""Holding and settling at memory speed: leased slices of balances, a journal of running works, settlements in batches.
+
+A request never waits for the database when its account's slice has room. What makes that safe:
+
+1. A slice is a lease in the ledger: money taken out of the user's balance into a pending that only this gateway spends.
+   Whatever is held in memory is therefore held in the database, and two gateways can never spend the same nanocredit.
+2. Each lease has a fence, a number that is never used again, and a life. A gateway spends from one for half its life by
+   its own monotonic clock, counted from before it asked; renewing asks the ledger, which refuses once the lease has
+   ended. A gateway that was stopped past its lease therefore spends nothing that it no longer has.
+3. All that touches a lease goes through one queue in order, and leaves in one transaction at a time.
+4. A work that lives longer than a tick is journalled: its hold becomes a pending of its own, beside a row that says who
+   serves it and how many ids were delivered. After a crash that count is charged. Whoever finds the row settles it;
+   a gateway that comes late finds none and settles nothing.
+
+When a slice is too small, more is leased; when the balance is too small, other gateways give back what they do not use,
+and only then is anybody told 402.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NewType, TypeVar
+
+import msgspec
+
+from gridmill.network import ledger, receipts, usage
+from gridmill.network.ledger import Command, Done, Extend, Grow, Pend, Post, Refused, Result, Return, Transfer, Void
+from gridmill.network.metering import PriceRow, Usage, charge
+from gridmill.network.store import Action, Store, StoreUnusable, Transaction
+from gridmill.wire.messages import Leaf
+from gridmill.wire.receipts import IdsHash, ids_hash
+from gridmill.wire.sampling import pack_ids
+
+log = logging.getLogger("gridmill.network.books")
+
+T = TypeVar("T")
+GatewayId = NewType("GatewayId", str)
+Finish = Literal["stop", "length", "cancelled", "failed", "lost"]
+
+TICK_SECONDS = 0.025  # settlements and delivered counts reach the disk within two ticks
+BATCH_SOON = 256  # that many settlements do not wait for the tick
+BATCH_MAX = 4096  # beyond this a batch would delay whoever waits for a lease
+QUEUE_MAX = 50_000  # settlements that wait for a database that does not answer; then nothing new is admitted
+LEASE_SECONDS = 20.0  # a gateway that dies leaves its users without this money for so long
+IDLE_SECONDS = 60.0  # an account that asks nothing for so long gets its slice back
+SLICE_WORKS_MIN, SLICE_WORKS_MAX = 8, 1024  # a slice is for so many works like the one that needs it
+REFILL_ATTEMPTS = 5  # a slice can be asked back while more is being leased; then it starts again
+RECLAIM_SECONDS = 3.0  # what another gateway may take to give back what it does not use
+RETRY_SECONDS_MAX = 5.0
+RECOVER_WORKS = 200  # works settled in one transaction after a crash
+
+MIGRATION = """
+CREATE TABLE open_works (
+    work_id TEXT PRIMARY KEY,
+    epoch BIGINT NOT NULL,
+    holder TEXT NOT NULL,
+    hold_id TEXT NOT NULL,
+    account_id TEXT NOT NULL,
+    key_id TEXT NOT NULL,
+    model TEXT NOT NULL,
+    node_id TEXT NOT NULL,
+    node_key BLOB NOT NULL,
+    owner_id TEXT NOT NULL,
+    class_id TEXT NOT NULL,
+    price TEXT NOT NULL,
+    input_tokens BIGINT NOT NULL,
+    cached_tokens BIGINT NOT NULL,
+    output_tokens BIGINT NOT NULL,
+    prompt_hash BLOB NOT NULL,
+    output_hash BLOB NOT NULL,
+    salt BLOB NOT NULL,
+    start BIGINT NOT NULL,
+    started_ms BIGINT NOT NULL,
+    expires_ms BIGINT NOT NULL
+);
+CREATE INDEX open_works_by_holder ON open_works (holder);
+CREATE INDEX open_works_by_expiry ON open_works (expires_ms);
+CREATE TABLE network_key (
+    one BIGINT PRIMARY KEY CHECK (one = 1),
+    key BLOB NOT NULL
+);
+CREATE TABLE book_batches (
+    holder TEXT PRIMARY KEY,
+    batch_id TEXT NOT NULL
+);
+CREATE TABLE lease_fences (
+    source TEXT PRIMARY KEY,
+    fence BIGINT NOT NULL
+);
+"""
+
+_COLUMNS = (
+    *("work_id", "epoch", "holder", "hold_id", "account_id", "key_id", "model", "node_id", "node_key", "owner_id"),
+    *("class_id", "price", "input_tokens", "cached_tokens", "output_tokens", "prompt_hash", "output_hash", "salt"),
+    *("start", "started_ms", "expires_ms"),
+)
+
+
+class Insufficient(Exception):
+    """The balance, or the key's budget, does not cover a request. Amounts in nanocredits."""
+
+    def __init__(self, needed: int, available: int, limited_by: str) -> None:
+        super().__init__(f"{needed} needed, {available} available")
+        self.needed = needed
+        self.available = available
+        self.limited_by = limited_by
+
+    @property
+    def missing(self) -> int:
+        return self.needed - self.available
+
+
+class Unavailable(Exception):
+    """The books cannot say now whether there is money. The message is for the caller; try again after so long."""
+
+    def __init__(self, detail: str, retry_after_seconds: float) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.retry_after_seconds = retry_after_seconds
+
+
+class Payer(msgspec.Struct, frozen=True):
+    """Who pays. `key_id` decides which slice is used only when that key has a budget of its own."""
+
+    account_id: str
+    key_id: str
+    has_budget: bool = False
+
+
+class Server(msgspec.Struct, frozen=True):
+    """Who serves a work, and at which price."""
+
+    node_id: str
+    node_key: bytes
+    owner_id: str
+    row: PriceRow
+
+
+class Order:
+    """One admitted work: what is held for it, who serves it, what was delivered. Belongs to one task."""
+
+    __slots__ = (
+        "_chunks",
+        "_hash_count",
+        "_hasher",
+        "amount",
+        "cached_tokens",
+        "charged",
+        "class_id",
+        "count",
+        "deferred",
+        "epoch",
+        "input_tokens",
+        "journalled",
+        "journalled_count",
+        "lease_id",
+        "model",
+        "payer",
+        "prompt_hash",
+        "purse",
+        "salt",
+        "server",
+        "settled",
+        "start",
+        "started_ms",
+        "work_id",
+    )
+
+    def __init__(
+        self,
+        payer: Payer,
+        work_id: str,
+        class_id: str,
+        model: str,
+        input_tokens: int,
+        purse: _Purse | None,
+        amount: int,
+    ) -> None:
+        self.payer = payer
+        self.work_id = work_id
+        self.class_id = class_id
+        self.model = model
+        self.input_tokens = input_tokens
+        self.purse = purse
+        self.lease_id = purse.lease_id if purse is not None else ""
+        self.amount = amount
+        self.epoch = 0
+        self.start = 0
+        self.salt = b""
+        self.prompt_hash = bytes(32)
+        self.server: Server | None = None
+        self.cached_tokens = 0
+        self.started_ms = 0
+        self.count = 0
+        self.journalled = False
+        self.journalled_count = -1
+        self.settled = False
+        self.charged: Callable[[int, int], None] | None = None  # told what was held and what it came to
+        self.deferred: Callable[[], None] | None = None  # settles it; set when that waits for a node's last word
+        self._chunks: list[tuple[int, ...]] = []
+        self._hasher: IdsHash | None = None
+        self._hash_count = 0
+
+    def deliver(self, ids: tuple[int, ...]) -> None:
+        """These ids were handed to the caller. Cheap: they are hashed when somebody asks."""
+        self._chunks.append(ids)
+        self.count += len(ids)
+
+    def ids(self) -> list[int]:
+        return [token for chunk in self._chunks for token in chunk]
+
+    def output_hash(self, keep: int) -> bytes:
+        """Over the first `keep` ids delivered."""
+        if self._hasher is None or keep < self._hash_count:
+            self._hasher, self._hash_count = IdsHash(self.salt), 0
+        if keep > self._hash_count:
+            self._hasher.update(pack_ids(self.ids()[self._hash_count : keep]))
+            self._hash_count = keep
+        return self._hasher.digest()
+
+
+class _Purse:
+    """This gateway's slice of one account, or of one key's budget. `free` is what no work holds."""
+
+    def __init__(self, payer: Payer) -> None:
+        self.payer = payer
+        self.source = f"user:{payer.account_id}:available"
+        self.into = f"user:{payer.account_id}:hold"
+        self.key_id = payer.key_id if payer.has_budget else ""
+        self.lease_id = ""
+        self.free = 0
+        self.live = 0  # orders that hold something
+        self.usable_until = 0.0
+        self.used_at = 0.0
+        self.works_per_slice = SLICE_WORKS_MIN
+        self.growing = False
+        self.one_refill = asyncio.Lock()
+        self.dry_since = -1.0  # when the last attempt began that found too little
+        self.limited_by = "balance"  # by what
+        self.grow_after = 0.0
+
+    def take(self, amount: int, now: float) -> bool:
+        if amount > self.free or now >= self.usable_until:
+            return False
+        self.free -= amount
+        self.used_at = now
+        return True
+
+
+class _Settlement(msgspec.Struct, frozen=True):
+    """What one work came to. `order_journalled`: there is a row in open_works, and who finds it settles."""
+
+    work_id: str
+    epoch: int
+    journalled: bool
+    lease_id: str
+    payer: Payer
+    model: str
+    class_id: str
+    server: Server
+    salt: bytes
+    leaf: Leaf
+
+
+class _Asked(msgspec.Struct, frozen=True):
+    """A command whose result somebody waits for, or that does not matter (`done` is None)."""
+
+    command: Command
+    done: Callable[[Result], None] | None = None
+
+
+class Books:
+    """One gateway's money. `clock` is monotonic seconds (the kind that counts sleep), `wall_ms` Unix milliseconds."""
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        holder: GatewayId,
+        network_key: bytes,
+        clock: Callable[[], float],
+        wall_ms: Callable[[], int],
+        entropy: Callable[[int], bytes],
+        period_seconds: int = 86_400,
+        lease_seconds: float = LEASE_SECONDS,
+        send_receipts: Callable[[Sequence[receipts.Unsigned]], None] = lambda unsigned: None,
+    ) -> None:
+        self._store = store
+        self._holder = holder
+        self._network_key = network_key
+        self._clock = clock
+        self._wall_ms = wall_ms
+        self._entropy = entropy
+        self._period_seconds = period_seconds
+        self._lease_seconds = lease_seconds
+        self.send_receipts = send_receipts
+        self._purses: dict[tuple[str, str], _Purse] = {}
+        self._live: dict[str, Order] = {}
+        self._asked: list[_Asked] = []
+        self._settlements: list[_Settlement] = []
+        self._announcements: list[tuple[str, str]] = []
+        self._wake = asyncio.Event()
+        self._flushed = asyncio.Event()
+        self._flushed.set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._reclaims: dict[str, tuple[set[str], asyncio.Event]] = {}
+        self._closing = False
+        self.lost_nanocredits = 0  # what users were not charged because their lease had ended first
+
+    # ------------------------------------------------------------ for the gateway: before and after a work
+
+    async def admit(self, payer: Payer, want: int, least: int) -> int:
+        """Holds `want` nanocredits, or what there is of it down to `least`, and returns how much.
+
+        Waits for the database only when the slice in memory is too small. Raises Insufficient or Unavailable; then
+        nothing is held. Pass the amount on to `order`, or give it back with `give_back`.
+        """
+        if len(self._settlements) + len(self._asked) > QUEUE_MAX:
+            raise Unavailable("the ledger's database does not answer: try again shortly", RETRY_SECONDS_MAX)
+        if want == 0:
+            return 0
+        purse = self._purse(payer)
+        now = self._clock()
+        if purse.take(want, now):
+            if purse.free < want * SLICE_WORKS_MIN // 2:
+                self._grow_ahead(purse, want)
+            return want
+        return await self._refill_and_take(purse, want, least, arrived=now)
+
+    def give_back(self, payer: Payer, amount: int) -> None:
+        """What `admit` held and no order took."""
+        if amount:
+            self._purse(payer).free += amount
+
+    def order(self, payer: Payer, work_id: str, class_id: str, model: str, input_tokens: int, amount: int) -> Order:
+        """The work that `amount` of what was admitted is for. It ends with `settle` or `release`."""
+        purse = self._purse(payer) if amount else None
+        if purse is not None:
+            purse.live += 1
+        return Order(payer, work_id, class_id, model, input_tokens, purse, amount)
+
+    def serve(self, order: Order, server: Server, prompt: bytes, salt: bytes, cached_tokens: int) -> None:
+        """A node has taken the work: from now on it is journalled with the next tick."""
+        order.server = server
+        order.salt = salt
+        order.cached_tokens = cached_tokens
+        order.prompt_hash = ids_hash(salt, prompt)
+        order.started_ms = self._wall_ms()
+        self._live[order.work_id] = order
+        self._flush_soon()
+
+    def release(self, order: Order) -> None:
+        """No node has earned anything: all that was held is free again. Harmless when it is or will be settled."""
+        if order.settled or order.deferred is not None:
+            return
+        if order.journalled:
+            # A row says that somebody serves it: only a settlement takes that away.
+            self.settle(order, Usage(), "failed")
+            return
+        order.settled = True
+        self._live.pop(order.work_id, None)
+        self._free(order, order.amount, 0)
+
+    def unserve(self, order: Order) -> None:
+        """The node failed before it made an id: nothing is owed, and another may serve what is still held."""
+        if order.settled or order.server is None:
+            return
+        self._live.pop(order.work_id, None)
+        if order.journalled:
+            self._close_entry(order, Usage(), "failed", b"", b"")
+            self._flush_soon()
+        order.epoch += 1
+        order.journalled = False
+        order.journalled_count = -1
+        order.server = None
+
+    def settle(self, order: Order, used: Usage, finish: Finish, *, commit_root: bytes = b"", claim: bytes = b"") -> int:
+        """Ends an order: charges what was used, returns the rest. Synchronous, so that a cancelled request cannot be
+        cancelled half-way through its own bill. Returns the charge; the ledger has it within two ticks."""
+        if order.settled:
+            return 0
+        server = order.server
+        assert server is not None, "a work that no node served is released"
+        order.settled = True
+        self._live.pop(order.work_id, None)
+        cost = charge(server.row, used).total
+        assert cost <= order.amount, "a work used more than was held for it"
+        if used.input_tokens or used.output_tokens or order.journalled:
+            self._close_entry(order, used, finish, commit_root, claim)
+        self._free(order, order.amount, cost)
+        self._flush_soon()
+        return cost
+
+    def _close_entry(self, order: Order, used: Usage, finish: Finish, commit_root: bytes, claim: bytes) -> None:
+        server = order.server
+        assert server is not None
+        cost = charge(server.row, used)
+        leaf = Leaf(
+            work_id=order.work_id,
+            epoch=order.epoch,
+            start=order.start,
+            prompt_hash=order.prompt_hash,
+            output_hash=order.output_hash(used.output_tokens),
+            input_tokens=used.input_tokens,
+            cached_tokens=used.cached_tokens,
+            output_tokens=used.output_tokens,
+            price_id=server.row.price_id,
+            price=server.row.price,
+            pay_nanocredits=cost.node,
+            charge_nanocredits=cost.total,
+            started_ms=order.started_ms,
+            ended_ms=self._wall_ms(),
+            finish=finish,
+            commit_root=commit_root,
+            claim=claim,
+        )
+        self._settlements.append(
+            _Settlement(
+                order.work_id,
+                order.epoch,
+                order.journalled,
+                order.lease_id,
+                order.payer,
+                order.model,
+                order.class_id,
+                server,
+                order.salt,
+                leaf,
+            )
+        )
+
+    @property
+    def held_nanocredits(self) -> int:
+        return sum(order.amount for order in self._live.values())
+
+    # ------------------------------------------------------------ slices
+
+    def _purse(self, payer: Payer) -> _Purse:
+        key = (payer.account_id, payer.key_id if payer.has_budget else "")
+        purse = self._purses.get(key)
+        if purse is None:
+            purse = self._purses[key] = _Purse(payer)
+        return purse
+
+    def _free(self, order: Order, amount: int, cost: int) -> None:
+        if order.charged is not None:
+            order.charged(amount, cost)
+        purse = order.purse
+        if purse is None:
+            return
+        purse.live -= 1
+        if order.lease_id == purse.lease_id:
+            purse.free += amount - cost  # else that lease has ended, and its money with it
+
+    async def _refill_and_take(self, purse: _Purse, want: int, least: int, *, arrived: float) -> int:
+        async with purse.one_refill:
+            silent = False
+            for attempt in range(REFILL_ATTEMPTS):
+                now = self._clock()
+                if purse.take(want, now):
+                    return want
+                if purse.lease_id and now >= purse.usable_until:
+                    await self._renew(purse)
+                    continue
+                if purse.dry_since >= arrived:
+                    break  # An attempt that began after this request came has already asked everybody.
+                refused = await self._lease(purse, want * purse.works_per_slice, want - purse.free)
+                if refused is None:
+                    purse.works_per_slice = min(purse.works_per_slice * 2, SLICE_WORKS_MAX)
+                    continue
+                purse.limited_by = refused.limited_by or "balance"
+                if attempt == 0:
+                    others, silent = await self._take_back(purse)
+                    if others:
+                        continue
+                if refused.available > 0 and await self._lease(purse, refused.available, 1) is None:
+                    continue  # All that there was; whether it is enough shows at the next look.
+                purse.dry_since = now
+            amount = min(want, purse.free)
+            if amount >= least and purse.take(amount, self._clock()):
+                return amount
+            if silent:
+                raise Unavailable(
+                    "another gateway holds part of this balance and does not answer: its share comes back shortly",
+                    self._lease_seconds / 2,
+                )
+            raise Insufficient(least, purse.free, purse.limited_by)
+
+    async def _lease(self, purse: _Purse, amount: int, at_least: int) -> Refused | None:
+        """Makes the slice larger by at least `at_least`. None when it did. Raises Unavailable."""
+        amount = max(amount, at_least)
+        asked = self._clock()
+        if purse.lease_id:
+            result = await self._ask(Grow(self._new_id("grow"), purse.lease_id, amount, at_least))
+            if isinstance(result, Refused) and result.reason in ("closed", "unknown"):
+                self._forget(purse)
+                return await self._lease(purse, amount, at_least)
+        else:
+            fence = await self._fence(purse.source)
+            lease_id = f"lease:{purse.payer.account_id}:{fence}"
+            expires_ms = await self._now_ms() + int(self._lease_seconds * 1000)
+            result = await self._ask(
+                Pend(
+                    lease_id,
+                    "lease",
+                    purse.source,
+                    purse.into,
+                    amount,
+                    expires_ms,
+                    at_least=at_least,
+                    key_id=purse.key_id,
+                    holder=self._holder,
+                )
+            )
+            if isinstance(result, Done):
+                purse.lease_id = lease_id
+                purse.usable_until = asked + self._lease_seconds / 2
+                purse.used_at = asked
+        if isinstance(result, Done):
+            purse.free += result.amount
+            return None
+        assert result.reason == "insufficient", f"leasing from {purse.source}: {result}"
+        return result
+
+    def _grow_ahead(self, purse: _Purse, want: int) -> None:
+        """Asks for more before it is needed, so that nobody waits for it."""
+        if purse.growing or not purse.lease_id or self._clock() < purse.grow_after:
+            return
+        purse.growing = True
+        lease_id = purse.lease_id
+
+        def grown(result: Result) -> None:
+            purse.growing = False
+            if isinstance(result, Done) and purse.lease_id == lease_id:
+                purse.free += result.amount
+                purse.works_per_slice = min(purse.works_per_slice * 2, SLICE_WORKS_MAX)
+            else:
+                purse.grow_after = self._clock() + 1.0  # not again at once
+
+        self._asked.append(_Asked(Grow(self._new_id("grow"), lease_id, want * purse.works_per_slice, 1), grown))
+        self._flush_soon()
+
+    async def _renew(self, purse: _Purse) -> None:
+        """Afterwards the lease lives on from now, or is forgotten because it has ended."""
+        asked = self._clock()
+        lease_id = purse.lease_id
+        expires_ms = await self._now_ms() + int(self._lease_seconds * 1000)
+        self._renewed(purse, lease_id, asked, await self._ask(Extend(lease_id, expires_ms)))
+
+    def _renewed(self, purse: _Purse, lease_id: str, asked: float, result: Result) -> None:
+        if purse.lease_id != lease_id:
+            return
+        if isinstance(result, Done):
+            purse.usable_until = asked + self._lease_seconds / 2
+        else:
+            self._forget(purse)
+
+    def _forget(self, purse: _Purse) -> None:
+        """The lease has ended without us: what was free is with its owner again."""
+        if purse.lease_id:
+            log.warning("a lease ended before it was given back", extra={"lease": purse.lease_id})
+        purse.lease_id = ""
+        purse.free = 0
+        purse.usable_until = 0.0
+
+    # ------------------------------------------------------------ other gateways
+
+    async def _take_back(self, purse: _Purse) -> tuple[bool, bool]:
+        """Asks all other gateways for what they do not use of this account.
+
+        Returns whether any had something, and whether one that may still hold money stayed silent.
+        """
+        source = purse.source
+        gave = self._give_up_unused(purse.payer.account_id, keep=purse)
+
+        async def others(transaction: Transaction) -> tuple[list[tuple[str, str]], int]:
+            rows = await transaction.all(
+                "SELECT pending_id, holder, expires_ms FROM pendings"
+                " WHERE source = ? AND kind = 'lease' AND state = 'open' AND holder <> ? AND remaining > 0",
+                source,
+                self._holder,
+            )
+            now_ms = await transaction.now_ms()
+            over = [(row[0], row[1]) for row in rows if row[2] <= now_ms]
+            for lease_id, _ in over:
+                await ledger.apply(transaction, [Void(f"{lease_id}:expired", lease_id, expired=True)])
+            return [(row[0], row[1]) for row in rows if row[2] > now_ms], len(over)
+
+        alive, ended = await self._run(others)
+        if not alive:
+            return gave or ended > 0, False
+        call = self._new_id("reclaim")
+        waiting = {holder for _, holder in alive}
+        answered = asyncio.Event()
+        self._reclaims[call] = (waiting, answered)
+        try:
+            self._announcements.append(("reclaim", json.dumps([call, self._holder, purse.payer.account_id])))
+            self._wake.set()
+            async with asyncio.timeout(RECLAIM_SECONDS):
+                await answered.wait()
+        except TimeoutError:
+            return True, True
+        finally:
+            del self._reclaims[call]
+        return True, False
+
+    def heard(self, topic: str, subject: str) -> None:
+        """What the store announces."""
+        if topic == "reclaim":
+            call, holder, account_id = json.loads(subject)
+            if holder != self._holder:
+                self._give_up_unused(account_id)
+                self._announcements.append(("reclaimed", json.dumps([call, self._holder])))
+                self._wake.set()
+        elif topic == "reclaimed":
+            call, holder = json.loads(subject)
+            if call in self._reclaims:
+                waiting, answered = self._reclaims[call]
+                waiting.discard(holder)
+                if not waiting:
+                    answered.set()
+
+    def _give_up_unused(self, account_id: str, keep: _Purse | None = None) -> bool:
+        """All that no work holds goes back, in the same transaction as the answer. Whether there was any."""
+        gave = False
+        for (owner, _), purse in self._purses.items():
+            if owner == account_id and purse.lease_id and purse is not keep:
+                purse.works_per_slice = SLICE_WORKS_MIN
+                if purse.free > 0:
+                    self._asked.append(_Asked(Return(self._new_id("return"), purse.lease_id, purse.free)))
+                    purse.free = 0
+                    gave = True
+        return gave
+
+    # ------------------------------------------------------------ the queue and its transactions
+
+    def _flush_soon(self) -> None:
+        if len(self._asked) + len(self._settlements) >= BATCH_SOON:
+            self._wake.set()
+        elif self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(TICK_SECONDS, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        self._wake.set()
+
+    async def _ask(self, command: Command) -> Result:
+        """Runs a command with the next batch, which starts at once. Raises Unavailable."""
+        answer: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+
+        def done(result: Result) -> None:
+            if not answer.done():
+                answer.set_result(result)
+
+        self._asked.append(_Asked(command, done))
+        self._wake.set()
+        try:
+            async with asyncio.timeout(RETRY_SECONDS_MAX):
+                return await answer
+        except TimeoutError:
+            raise Unavailable("the ledger's database does not answer: try again shortly", RETRY_SECONDS_MAX) from None
+
+    async def run(self) -> None:
+        """Writes what is queued, one transaction at a time, until cancelled. A line in the program's task group."""
+        pause = 0.1
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            batch = self._collect()
+            if batch is None:
+                self._flushed.set()
+                continue
+            while True:
+                try:
+                    written = await self._store.run(batch.write)
+                except StoreUnusable as problem:
+                    # The same commands with the same ids again: whatever was kept is not done twice.
+                    log.error("the books cannot be written; trying again", extra={"reason": str(problem)})
+                    await asyncio.sleep(pause)
+                    pause = min(pause * 2, RETRY_SECONDS_MAX)
+                else:
+                    pause = 0.1
+                    break
+            self._written(batch, written)
+            if self._asked or self._settlements or self._announcements:
+                if len(self._asked) + len(self._settlements) >= BATCH_SOON or self._announcements:
+                    self._wake.set()
+                else:
+                    self._flush_soon()
+            elif self._live:
+                self._flush_soon()
+
+    def _collect(self) -> _Batch | None:
+        """Takes what is queued, and what the journal needs to know of running works."""
+        settlements, self._settlements = self._settlements[:BATCH_MAX], self._settlements[BATCH_MAX:]
+        asked: list[_Asked] = []
+        announcements: list[tuple[str, str]] = []
+        if not self._settlements:
+            # What a settlement returns to a lease may be in a command that was queued after it.
+            asked, self._asked = self._asked, []
+            announcements, self._announcements = self._announcements, []
+        opened: list[Order] = []
+        moved: list[tuple[int, bytes, str]] = []
+        for order in self._live.values():
+            if not order.journalled:
+                if len(opened) < BATCH_MAX:
+                    order.journalled = True
+                    order.journalled_count = order.count
+                    opened.append(order)
+            elif order.count != order.journalled_count:
+                order.journalled_count = order.count
+                moved.append((order.count, order.output_hash(order.count), order.work_id))
+        if not (asked or settlements or announcements or opened or moved):
+            return None
+        rows = [self._row(order) for order in opened]
+        holds = [(order.amount, order.lease_id) for order in opened]
+        return _Batch(self, self._new_id("batch"), asked, settlements, rows, holds, moved, announcements)
+
+    def _row(self, order: Order) -> tuple[Any, ...]:
+        server = order.server
+        assert server is not None
+        return (
+            *(order.work_id, order.epoch, self._holder, hold_id_of(order.work_id, order.epoch) if order.amount else ""),
+            *(order.payer.account_id, order.payer.key_id, order.model),
+            *(server.node_id, server.node_key, server.owner_id, order.class_id, _encode_row(server.row)),
+            *(order.input_tokens, order.cached_tokens, order.count),
+            *(order.prompt_hash, order.output_hash(order.count), order.salt, order.start, order.started_ms, 0),
+        )
+
+    def _written(self, batch: _Batch, written: _Written) -> None:
+        for asked, result in zip(batch.asked, written.results, strict=True):
+            if asked.done is not None:
+                asked.done(result)
+        for work_id in written.unbacked:
+            # The lease ended before this work was journalled: it goes on, at the network's cost.
+            log.warning("a work runs without a hold", extra={"work": work_id})
+        self.lost_nanocredits += written.lost_nanocredits
+        if written.unsigned:
+            self.send_receipts(written.unsigned)
+
+    async def flush(self) -> None:
+        """Returns when all that was settled before is in the ledger."""
+        while self._settlements or self._asked or self._announcements:
+            await self._ask_nothing()
+
+    async def _ask_nothing(self) -> None:
+        # An Extend of nothing is refused by the ledger, after everything before it was written.
+        await self._ask(Extend("", 0))
+
+    # ------------------------------------------------------------ keeping leases, and cleaning up after the dead
+
+    async def keep(self) -> None:
+        """Renews what is in use, gives back what is idle, ends what other gateways left. Until cancelled."""
+        while True:
+            await asyncio.sleep(self._lease_seconds / 4)
+            try:
+                await self._renew_all()
+                await self._clean_up()
+            except (StoreUnusable, Unavailable) as problem:
+                log.warning("leases could not be renewed", extra={"reason": str(problem)})
+
+    async def _renew_all(self) -> None:
+        asked = self._clock()
+        expires_ms = await self._now_ms() + int(self._lease_seconds * 1000)
+        for key, purse in list(self._purses.items()):
+            if purse.live or purse.one_refill.locked():
+                idle = False
+            else:
+                idle = not purse.lease_id or asked - purse.used_at > IDLE_SECONDS
+            if idle:
+                del self._purses[key]
+                if purse.lease_id:
+                    self._asked.append(_Asked(Void(f"{purse.lease_id}:idle", purse.lease_id)))
+            elif purse.lease_id:
+                renewed = functools.partial(self._renewed, purse, purse.lease_id, asked)
+                self._asked.append(_Asked(Extend(purse.lease_id, expires_ms), renewed))
+        journalled = [order for order in self._live.values() if order.journalled]
+        for order in journalled:
+            if order.amount:
+                self._asked.append(_Asked(Extend(hold_id_of(order.work_id, order.epoch), expires_ms)))
+        self._wake.set()
+        work_ids = sorted(order.work_id for order in journalled)
+
+        async def extend(transaction: Transaction) -> None:
+            await transaction.do_many(
+                "UPDATE open_works SET expires_ms = ? WHERE work_id = ? AND holder = ?",
+                [(expires_ms, work_id, self._holder) for work_id in work_ids],
+            )
+
+        if work_ids:
+            await self._store.run(extend)
+
+    async def _clean_up(self) -> None:
+        """What a gateway that is gone has left, once its time is over."""
+
+        async def abandoned(transaction: Transaction) -> list[str]:
+            now_ms = await transaction.now_ms()
+            rows = await transaction.all(
+                "SELECT work_id FROM open_works WHERE expires_ms < ? AND holder <> ? ORDER BY work_id LIMIT ?",
+                now_ms,
+                self._holder,
+                RECOVER_WORKS,
+            )
+            return [row[0] for row in rows]
+
+        while work_ids := await self._store.run(abandoned):
+            await self._settle_journalled(work_ids)
+
+        async def expire(transaction: Transaction) -> int:
+            # Leases only: a hold ends with the work whose row in the journal it belongs to.
+            rows = await transaction.all(
+                "SELECT pending_id FROM pendings WHERE state = 'open' AND kind = 'lease' AND expires_ms < ?"
+                " ORDER BY pending_id LIMIT ?",
+                await transaction.now_ms(),
+                RECOVER_WORKS,
+            )
+            voids: list[Command] = [Void(f"{row[0]}:expired", row[0], expired=True) for row in rows]
+            if voids:
+                await ledger.apply(transaction, voids)
+            return len(voids)
+
+        while await self._store.run(expire) == RECOVER_WORKS:
+            pass
+
+    async def recover(self) -> int:
+        """Before anything is admitted: settles what this gateway's last life left, at the last journalled count.
+
+        Returns how many works that were.
+        """
+
+        async def own(transaction: Transaction) -> list[str]:
+            rows = await transaction.all(
+                "SELECT work_id FROM open_works WHERE holder = ? ORDER BY work_id LIMIT ?", self._holder, RECOVER_WORKS
+            )
+            return [row[0] for row in rows]
+
+        count = 0
+        while work_ids := await self._store.run(own):
+            count += len(work_ids)
+            await self._settle_journalled(work_ids)
+
+        async def end_leases(transaction: Transaction) -> None:
+            rows = await transaction.all(
+                "SELECT pending_id FROM pendings WHERE holder = ? AND state = 'open' AND kind = 'lease'"
+                " ORDER BY pending_id",
+                self._holder,
+            )
+            await ledger.apply(transaction, [Void(f"{row[0]}:restart", row[0]) for row in rows])
+
+        await self._store.run(end_leases)
+        if count:
+            log.warning("works of an earlier run were settled at their last journalled count", extra={"works": count})
+        return count
+
+    async def _settle_journalled(self, work_ids: Sequence[str]) -> None:
+        """Works whose gateway is gone: what it had journalled is what was delivered."""
+        ended_ms = self._wall_ms()
+
+        async def settle(transaction: Transaction) -> list[receipts.Unsigned]:
+            rows = await transaction.among(
+                f"SELECT {', '.join(_COLUMNS)} FROM open_works WHERE work_id IN (??)", sorted(work_ids), lock=True
+            )
+            found = [_from_row(dict(zip(_COLUMNS, row, strict=True)), ended_ms) for row in rows]
+            written = await _settle(transaction, self._network_key, self._period_seconds, found)
+            return written.unsigned
+
+        unsigned = await self._store.run(settle)
+        if unsigned:
+            self.send_receipts(unsigned)
+
+    async def close(self) -> None:
+        """After the last work: writes everything and gives all slices back. `run` must still be running."""
+        self._closing = True
+        for order in list(self._live.values()):
+            if order.deferred is not None:
+                order.deferred()
+            else:
+                self.release(order)
+        try:
+            for purse in self._purses.values():
+                if purse.lease_id:
+                    self._asked.append(_Asked(Void(f"{purse.lease_id}:closed", purse.lease_id)))
+            await self._ask_nothing()
+            await self.flush()
+        except Unavailable:
+            log.error("the books could not be closed in time; the next start settles what is left")
+
+    # ------------------------------------------------------------ small things
+
+    async def _fence(self, source: str) -> int:
+        async def advance(transaction: Transaction) -> int:
+            row = await transaction.one(
+                "INSERT INTO lease_fences (source, fence) VALUES (?, 1)"
+                " ON CONFLICT (source) DO UPDATE SET fence = lease_fences.fence + 1 RETURNING fence",
+                source,
+            )
+            assert row is not None
+            return int(row[0])
+
+        return await self._run(advance)
+
+    async def _now_ms(self) -> int:
+        async def ask(transaction: Transaction) -> int:
+            return await transaction.now_ms()
+
+        return await self._run(ask)
+
+    async def _run(self, action: Action[T]) -> T:
+        try:
+            async with asyncio.timeout(RETRY_SECONDS_MAX):
+                return await self._store.run(action)
+        except (StoreUnusable, TimeoutError):
+            raise Unavailable("the ledger's database does not answer: try again shortly", RETRY_SECONDS_MAX) from None
+
+    def _new_id(self, kind: str) -> str:
+        return f"{kind}:{self._entropy(12).hex()}"
+
+
+# ---------------------------------------------------------------- one transaction
+
+
+class _Written(msgspec.Struct):
+    results: list[Result] = []
+    unsigned: list[receipts.Unsigned] = []
+    unbacked: list[str] = []
+    lost_nanocredits: int = 0
+
+
+class _Batch:
+    """What one transaction carries: commands in order, journal rows, then settlements. May be written again."""
+
+    def __init__(
+        self,
+        books: Books,
+        batch_id: str,
+        asked: Sequence[_Asked],
+        settlements: Sequence[_Settlement],
+        opened: Sequence[tuple[Any, ...]],
+        holds: Sequence[tuple[int, str]],
+        moved: Sequence[tuple[int, bytes, str]],
+        announcements: Sequence[tuple[str, str]],
+    ) -> None:
+        self.batch_id = batch_id
+        self.asked = asked
+        self._books = books
+        self._settlements = settlements
+        self._opened = opened
+        self._holds = holds
+        self._moved = moved
+        self._announcements = announcements
+
+    async def write(self, transaction: Transaction) -> _Written:
+        books = self._books
+        written = _Written([], [], [])
+        commands: list[Command] = [asked.command for asked in self.asked]
+        fresh = await transaction.do(
+            "INSERT INTO book_batches (holder, batch_id) VALUES (?, ?)"
+            " ON CONFLICT (holder) DO UPDATE SET batch_id = excluded.batch_id WHERE book_batches.batch_id <> ?",
+            books._holder,
+            self.batch_id,
+            self.batch_id,
+        )
+        if not fresh:
+            # This very batch was kept although its commit seemed to fail; the ledger tells again what came of it.
+            written.results = await ledger.apply(transaction, commands)
+            return written
+        # Settlements first: what they return to a lease may be what the commands and the new holds take from it.
+        settled = await _settle(
+            transaction, books._network_key, books._period_seconds, self._settlements, holder=books._holder
+        )
+        written.unsigned, written.lost_nanocredits = settled.unsigned, settled.lost_nanocredits
+        if commands:
+            written.results = await ledger.apply(transaction, commands)
+        if self._opened:
+            await self._open(transaction, written)
+        if self._moved:
+            await transaction.do_many(
+                "UPDATE open_works SET output_tokens = ?, output_hash = ? WHERE work_id = ? AND holder = ?",
+                [(*row, books._holder) for row in self._moved],
+            )
+        for topic, subject in self._announcements:
+            await transaction.announce(topic, subject)
+        return written
+
+    async def _open(self, transaction: Transaction, written: _Written) -> None:
+        expires_ms = await transaction.now_ms() + int(self._books._lease_seconds * 1000)
+        pends: list[Command] = []
+        rows: list[tuple[Any, ...]] = []
+        for row, (amount, lease_id) in zip(self._opened, self._holds, strict=True):
+            rows.append((*row[:-1], expires_ms))
+            if amount:
+                hold = f"user:{row[4]}:hold"
+                pends.append(
+                    Pend(row[3], "hold", hold, "escrow:request", amount, expires_ms, parent=lease_id, holder=row[2])
+                )
+        results = await ledger.apply(transaction, pends) if pends else []
+        for pend, result in zip(pends, results, strict=True):
+            if isinstance(result, Refused):
+                written.unbacked.append(pend.transfer_id)  # type: ignore[union-attr]
+        await transaction.append("open_works", _COLUMNS, rows)
+
+
+async def _settle(
+    transaction: Transaction,
+    network_key: bytes,
+    period_seconds: int,
+    settlements: Sequence[_Settlement],
+    *,
+    holder: str = "",
+) -> _Written:
+    """Posts, receipts and usage of ended works, together. A journalled work whose row is gone was settled by others."""
+    written = _Written([], [], [])
+    if not settlements:
+        return written
+    journalled = sorted(s.work_id for s in settlements if s.journalled)
+    if journalled:
+        rows = await transaction.among(
+            "SELECT work_id, holder FROM open_works WHERE work_id IN (??)", journalled, lock=True
+        )
+        ours = {row[0] for row in rows if not holder or row[1] == holder}
+        settlements = [s for s in settlements if not s.journalled or s.work_id in ours]
+        await transaction.do_many("DELETE FROM open_works WHERE work_id = ?", [(work_id,) for work_id in sorted(ours)])
+    paid = [s for s in settlements if s.leaf.charge_nanocredits or (s.journalled and s.lease_id)]
+    results = await ledger.apply(transaction, [_post(s) for s in paid])
+    late: list[_Settlement] = []
+    for settlement, result in zip(paid, results, strict=True):
+        if isinstance(result, Refused):
+            late.append(settlement)
+    if late:
+        # The lease ended while its gateway stood still. The user keeps the money, the node gets its pay all the same.
+        await ledger.apply(transaction, [_write_off(s) for s in late if s.leaf.pay_nanocredits])
+        written.lost_nanocredits = sum(s.leaf.pay_nanocredits for s in late)
+    lost = {s.work_id for s in late}
+    await usage.add(
+        transaction,
+        [
+            usage.UsageRow(
+                s.payer.account_id,
+                s.payer.key_id,
+                s.model,
+                s.leaf.ended_ms // 86_400_000,
+                1 if s.leaf.input_tokens or s.leaf.output_tokens else 0,
+                s.leaf.input_tokens,
+                s.leaf.cached_tokens,
+                s.leaf.output_tokens,
+                0 if s.work_id in lost else s.leaf.charge_nanocredits,
+            )
+            for s in settlements
+        ],
+    )
+    at_ms = await transaction.now_ms()
+    written.unsigned = await receipts.settle(
+        transaction,
+        network_key,
+        [
+            receipts.Segment(
+                s.server.node_id,
+                s.server.node_key,
+                s.class_id,
+                s.leaf,
+                s.salt,
+                s.payer.account_id,
+                s.payer.key_id,
+                s.model,
+            )
+            for s in settlements
+            if s.leaf.input_tokens or s.leaf.output_tokens
+        ],
+        at_ms,
+        period_seconds,
+    )
+    return written
+
+
+def _post(settlement: _Settlement) -> Command:
+    pending = hold_id_of(settlement.work_id, settlement.epoch) if settlement.journalled else settlement.lease_id
+    return Post(
+        f"work:{settlement.work_id}:{settlement.epoch}", pending, "work", _legs(settlement), close=settlement.journalled
+    )
+
+
+def _legs(settlement: _Settlement) -> tuple[tuple[str, int], ...]:
+    leaf = settlement.leaf
+    cost = charge(settlement.server.row, Usage(leaf.input_tokens, leaf.cached_tokens, leaf.output_tokens))
+    legs = (
+        (f"provider:{settlement.server.owner_id}:earned_held", cost.node),
+        ("network:fees", cost.network),
+        ("audit:pool", cost.audit),
+        ("failover:reserve", cost.reserve),
+    )
+    return tuple(leg for leg in legs if leg[1])
+
+
+def _write_off(settlement: _Settlement) -> Command:
+    pay = settlement.leaf.pay_nanocredits
+    return Transfer(
+        f"work:{settlement.work_id}:{settlement.epoch}:loss",
+        "loss",
+        (("loss", -pay), (f"provider:{settlement.server.owner_id}:earned_held", pay)),
+        memo="settled after its lease had ended",
+    )
+
+
+def hold_id_of(work_id: str, epoch: int) -> str:
+    return f"hold:{work_id}:{epoch}"
+
+
+def _encode_row(row: PriceRow) -> str:
+    return msgspec.json.encode(row).decode()
+
+
+def _from_row(row: dict[str, Any], ended_ms: int) -> _Settlement:
+    """What a journalled work came to: its prompt counts once an id was delivered, as for a caller who leaves."""
+    price_row = msgspec.json.decode(row["price"], type=PriceRow)
+    used = Usage(row["input_tokens"], row["cached_tokens"], row["output_tokens"]) if row["output_tokens"] else Usage()
+    cost = charge(price_row, used)
+    leaf = Leaf(
+        work_id=row["work_id"],
+        epoch=row["epoch"],
+        start=row["start"],
+        prompt_hash=bytes(row["prompt_hash"]),
+        output_hash=bytes(row["output_hash"]),
+        input_tokens=used.input_tokens,
+        cached_tokens=used.cached_tokens,
+        output_tokens=used.output_tokens,
+        price_id=price_row.price_id,
+        price=price_row.price,
+        pay_nanocredits=cost.node,
+        charge_nanocredits=cost.total,
+        started_ms=row["started_ms"],
+        ended_ms=max(ended_ms, row["started_ms"]),
+        finish="lost",
+        commit_root=b"",
+        claim=b"",
+    )
+    return _Settlement(
+        row["work_id"],
+        row["epoch"],
+        True,
+        row["hold_id"],
+        Payer(row["account_id"], row["key_id"]),
+        row["model"],
+        row["class_id"],
+        Server(row["node_id"], bytes(row["node_key"]), row["owner_id"], price_row),
+        bytes(row["salt"]),
+        leaf,
+    )
