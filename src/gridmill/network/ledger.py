@@ -1020,6 +1020,11 @@ async def expired(transaction: Transaction, now_ms: int, limit: int) -> list[str
     return [row[0] for row in rows]
 
 
+async def pending(transaction: Transaction, pending_id: str) -> PendingRow | None:
+    row = await transaction.one(f"{_SELECT_PENDINGS} WHERE pending_id = ?", pending_id)
+    return PendingRow(*row) if row else None
+
+
 async def open_pendings(transaction: Transaction, holder: str) -> list[PendingRow]:
     """What a gateway holds, as the ledger knows it."""
     rows = await transaction.all(f"{_SELECT_PENDINGS} WHERE state = 'open' AND holder = ? ORDER BY pending_id", holder)
