@@ -17,7 +17,8 @@ MAY_IMPORT = {
     "settings_loader": set(),
     "client": {"settings_loader"},
     "up": {"network", "wire", "client"},
-    "cli": {"network", "node", "wire", "client", "up", "settings_loader", ""},
+    "operator_cli": {"network", "node", "client", "settings_loader"},
+    "cli": {"operator_cli", "network", "node", "wire", "client", "up", "settings_loader", ""},
     "__main__": {"cli"},
     "__init__": set(),
 }

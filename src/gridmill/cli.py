@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gridmill import __version__
+from gridmill.operator_cli import EXIT_FAILED, EXIT_USAGE, add_command, add_operator_commands, known_settings
 from gridmill.settings_loader import SettingsError, field_names
 
-EXIT_FAILED, EXIT_USAGE, EXIT_NETWORK, EXIT_MODEL, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
+EXIT_NETWORK, EXIT_MODEL, EXIT_INTERRUPTED = 3, 4, 130
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"gridmill {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    up = _command(
+    up = add_command(
         commands,
         "up",
         _up,
@@ -78,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     only_node = {"network", "exit_with_parent", "log_json", "join_token", "network_key", "ca_file", "insecure"}
     _add_settings(up, NodeSettings, leave_out=field_names(NetworkSettings) | only_node)
 
-    network = _command(
+    network = add_command(
         commands,
         "network",
         _network,
@@ -87,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_settings(network, NetworkSettings)
 
-    node = _command(
+    node = add_command(
         commands,
         "node",
         _node,
@@ -97,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_settings(node, NodeSettings)
 
-    chat = _command(
+    chat = add_command(
         commands,
         "chat",
         _chat,
@@ -106,39 +107,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     chat.add_argument("question", nargs="?", metavar="QUESTION", help="ask this and end")
     _add_settings(chat, ClientSettings)
-    models = _command(commands, "models", _models, "list the models that a network serves", "Lists what can be asked.")
+    models = add_command(
+        commands, "models", _models, "list the models that a network serves", "Lists what can be asked."
+    )
     _add_settings(models, ClientSettings, leave_out={"model", "system", "temperature", "max_tokens", "seed"})
 
-    keys = commands.add_parser("keys", help="create, list and revoke API keys", description="API keys of a network.")
-    key_commands = keys.add_subparsers(metavar="COMMAND", required=True)
-    create = _operator_command(key_commands, "create", _keys_create, "create a key; it is shown this once")
-    create.add_argument("name", metavar="NAME", help="what it is for, or whose")
-    create.add_argument(
-        "--scope",
-        choices=("inference", "node", "operator"),
-        default="inference",
-        help="inference: may ask; node: may join as a node (default: inference)",
-    )
-    _operator_command(key_commands, "list", _keys_list, "list keys, without the keys themselves")
-    revoke = _operator_command(key_commands, "revoke", _keys_revoke, "revoke a key, at once")
-    revoke.add_argument("key", metavar="NAME_OR_ID", help="the key's id, or its name (then all keys of that name)")
-
-    classes = commands.add_parser(
-        "classes",
-        help="decide which model class a name means",
-        description="A class is one exact set of weights, arithmetic and tokenizer. Names belong to the operator.",
-    )
-    class_commands = classes.add_subparsers(metavar="COMMAND", required=True)
-    _operator_command(class_commands, "list", _classes_list, "list names, their classes, and offers that wait")
-    for verb, run, help_text in (
-        ("approve", _classes_approve, "let a class be served under a name"),
-        ("withdraw", _classes_withdraw, "take a class from a name"),
-    ):
-        command = _operator_command(class_commands, verb, run, help_text)
-        command.add_argument("name", metavar="NAME", help="model name")
-        command.add_argument("class_id", metavar="CLASS", help="class id, or its first 8 characters or more")
-
-    _operator_command(commands, "status", _status, "show a running network: models, nodes, load")
+    add_operator_commands(commands)
     return parser
 
 
@@ -154,7 +128,7 @@ def _up(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
     network_flags = {name: value for name, value in flags.items() if name in field_names(NetworkSettings)}
     if network_flags.get("log_level") is None and "GRIDMILL_LOG_LEVEL" not in environ:
         network_flags["log_level"] = "warning"  # one person at one terminal: the address and the key come first
-    settings = load_network_settings(network_flags, environ, _known())
+    settings = load_network_settings(network_flags, environ, known_settings())
     node_flags = {name: value for name, value in flags.items() if name not in field_names(NetworkSettings)}
     config = settings.config or (settings.data / "gridmill.toml")
     if config.exists():
@@ -163,7 +137,7 @@ def _up(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
     node_flags["log_level"] = settings.log_level
     node_flags["log_json"] = settings.json
     # Checked here, so that a misspelt setting is one sentence instead of a child that dies.
-    load_node_settings({**node_flags, "network": "http://127.0.0.1"}, environ, _known())
+    load_node_settings({**node_flags, "network": "http://127.0.0.1"}, environ, known_settings())
     if settings.tls_certificate is not None:
         raise SettingsError("`gridmill up` does not end TLS: start `gridmill network` and `gridmill node` instead")
     _start_log(settings.log_level, as_json=settings.json)
@@ -205,7 +179,7 @@ def _network(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
     from gridmill.network.operator import Operations
     from gridmill.network.settings import load_network_settings
 
-    settings = load_network_settings(_flags(arguments), environ, _known())
+    settings = load_network_settings(_flags(arguments), environ, known_settings())
     _start_log(settings.log_level, as_json=settings.json)
 
     async def ready(facts: dict[str, Any], operations: Operations) -> None:
@@ -238,7 +212,7 @@ def _node(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
     from gridmill.node.app import run_node
     from gridmill.node.settings import load_node_settings
 
-    settings = load_node_settings(_flags(arguments), environ, _known())
+    settings = load_node_settings(_flags(arguments), environ, known_settings())
     _start_log(settings.log_level, as_json=settings.json if settings.log_json is None else settings.log_json)
 
     def ready(facts: dict[str, Any]) -> None:
@@ -292,14 +266,14 @@ def _chat(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
     question = arguments.question
     del arguments.question
-    settings = load_client_settings(_flags(arguments), environ, _known())
+    settings = load_client_settings(_flags(arguments), environ, known_settings())
     return _client(run_chat(settings, question, sys.stdout))
 
 
 def _models(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
     from gridmill.client import load_client_settings, run_models
 
-    return _client(run_models(load_client_settings(_flags(arguments), environ, _known()), sys.stdout))
+    return _client(run_models(load_client_settings(_flags(arguments), environ, known_settings()), sys.stdout))
 
 
 def _client(work: Coroutine[Any, Any, int]) -> int:
@@ -315,156 +289,7 @@ def _client(work: Coroutine[Any, Any, int]) -> int:
         return _say(f"the network cannot be reached: {problem or type(problem).__name__}", EXIT_NETWORK)
 
 
-# ---------------------------------------------------------------- an operator's commands on a data folder
-
-
-def _keys_create(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    made = _operate(arguments, environ, "keys.create", name=arguments.name, scope=arguments.scope)
-    if arguments.json:
-        print(json.dumps(made))
-    else:
-        print(made["api_key"])
-        print(f"This is the only time the key is shown ({made['key_id']}, {made['scope']}).", file=sys.stderr)
-    return 0
-
-
-def _keys_list(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    rows = _operate(arguments, environ, "keys.list")
-    return _show(
-        arguments,
-        rows,
-        ("ID", "NAME", "SCOPE", "CREATED", "REVOKED"),
-        [
-            (r["key_id"], r["name"], r["scope"], _moment(r["created_seconds"]), _moment(r["revoked_seconds"]))
-            for r in rows
-        ],
-        "No keys yet: `gridmill keys create NAME` makes one.",
-    )
-
-
-def _keys_revoke(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    rows = _operate(arguments, environ, "keys.revoke", key=arguments.key)
-    if arguments.json:
-        print(json.dumps(rows))
-    else:
-        for row in rows:
-            print(f"Revoked {row['key_id']} ({row['name']}).")
-    return 0
-
-
-def _classes_list(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    rows = _operate(arguments, environ, "classes.list")
-    return _show(
-        arguments,
-        rows,
-        ("NAME", "CLASS", "APPROVED", "OFFERED BY"),
-        [(r["name"], r["class_id"][:16], "yes" if r["approved"] else "waits", r["owner"]) for r in rows],
-        "No classes yet: they appear when a node offers one.",
-    )
-
-
-def _classes_approve(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    made = _operate(arguments, environ, "classes.approve", name=arguments.name, class_id=arguments.class_id)
-    print(json.dumps(made) if arguments.json else f"{made['name']} may now be served as class {made['class_id'][:16]}.")
-    return 0
-
-
-def _classes_withdraw(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    made = _operate(arguments, environ, "classes.withdraw", name=arguments.name, class_id=arguments.class_id)
-    print(json.dumps(made) if arguments.json else f"{made['name']} no longer means class {made['class_id'][:16]}.")
-    return 0
-
-
-def _status(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    from gridmill.client import table
-
-    state = _operate(arguments, environ, "status")
-    if arguments.json:
-        print(json.dumps(state))
-        return 0
-    if not state["running"]:
-        print(f"No network runs on {_data(arguments, environ)}: `gridmill up` or `gridmill network` starts one.")
-        return EXIT_FAILED
-    print(f"{state['base_url']}: {state['works_running']} running, {state['requests_waiting']} waiting")
-    print(f"network key: {state['network_key']}\n")
-    print(
-        table(
-            ("MODEL", "CLASS", "NODES", "RUNNING", "SLOTS"),
-            [
-                (m["name"], m["class_id"][:8], str(m["nodes"]), str(m["in_flight"]), str(m["slots"]))
-                for m in state["models"]
-            ],
-        )
-    )
-    print()
-    print(
-        table(
-            ("NODE", "MODELS", "RUNNING", "TOKENS/S", "KV PAGES", "ROUND TRIP", ""),
-            [
-                (
-                    n["node_id"],
-                    ", ".join(n["models"]),
-                    f"{n['running']}/{n['slots']}",
-                    f"{n['tokens_per_second']:.0f}",
-                    f"{n['kv_pages_used']}/{n['kv_pages_total']}",
-                    f"{n['round_trip_seconds'] * 1000:.1f} ms",
-                    "draining" if n["draining"] else "",
-                )
-                for n in state["nodes"]
-            ],
-        )
-    )
-    return 0
-
-
-def _operate(arguments: argparse.Namespace, environ: Mapping[str, str], command: str, **values: Any) -> Any:
-    from gridmill.network.operator import operate
-
-    folder = _data(arguments, environ)
-    if not folder.is_dir():
-        raise SettingsError(f"{folder} does not exist: give the network's --data folder (or start one: `gridmill up`)")
-    return operate(folder, command, **values)
-
-
-def _data(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Path:
-    from gridmill.network.settings import DEFAULT_DATA
-
-    return Path(arguments.data or environ.get("GRIDMILL_DATA") or DEFAULT_DATA).expanduser()
-
-
-def _show(
-    arguments: argparse.Namespace, raw: Any, header: tuple[str, ...], rows: list[tuple[str, ...]], empty: str
-) -> int:
-    from gridmill.client import table
-
-    print(json.dumps(raw) if arguments.json else table(header, rows) if rows else empty)
-    return 0
-
-
-def _moment(seconds: int | None) -> str:
-    import datetime
-
-    if seconds is None:
-        return ""
-    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-
-
 # ---------------------------------------------------------------- flags from settings
-
-
-def _command(commands: Any, name: str, run: Callable[..., int], help_text: str, description: str) -> Any:
-    command = commands.add_parser(
-        name, help=help_text, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    command.set_defaults(run=run)
-    return command
-
-
-def _operator_command(commands: Any, name: str, run: Callable[..., int], help_text: str) -> Any:
-    command = _command(commands, name, run, help_text, help_text[0].upper() + help_text[1:] + ".")
-    command.add_argument("--data", metavar="DIR", help="the network's data folder (default: ~/.gridmill)")
-    command.add_argument("--json", action="store_true", help="print JSON")
-    return command
 
 
 def _add_settings(parser: argparse.ArgumentParser, cls: Any, leave_out: typing.Collection[str] = ()) -> None:
@@ -521,15 +346,6 @@ def _node_arguments(flags: Mapping[str, object], cls: Any) -> list[str]:
         else:
             made += [f"--{flag}", str(value)]
     return made
-
-
-def _known() -> frozenset[str]:
-    """Every setting of every program: they may stand in one environment."""
-    from gridmill.client import ClientSettings
-    from gridmill.network.settings import NetworkSettings
-    from gridmill.node.settings import NodeSettings
-
-    return field_names(ClientSettings) | field_names(NetworkSettings) | field_names(NodeSettings)
 
 
 def _data_hint(data: Path) -> str:

@@ -6,6 +6,7 @@ The methods of Operations are what the command line, the control socket and the 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import secrets
 import time
@@ -360,30 +361,33 @@ class Operations:
         }
 
 
-def operate(folder: Path, command: str, *, database: str | None = None, **arguments: Any) -> Any:
+def operate(folder: Path, command: str, *, database: Callable[[], str | None] = lambda: None, **arguments: Any) -> Any:
     """Runs a command on the network of this data folder, running or not. Raises ControlError.
 
-    `database` is the network's own setting: with PostgreSQL the command reaches every gateway on that database.
+    `database` reads the network's setting when no network runs here: with PostgreSQL the command reaches every gateway
+    on that database.
     """
     try:
         return call(folder, command, **arguments)
     except NotRunning:
-        return asyncio.run(_operate_offline(folder, database, command, arguments))
+        return asyncio.run(_operate_offline(folder, database(), command, arguments))
 
 
 async def _operate_offline(folder: Path, database: str | None, command: str, arguments: dict[str, Any]) -> Any:
-    lock = FolderLock(folder / "network.lock", "gridmill network")
-    store = store_at(database or folder / "network.sqlite", wall_clock=time.time)
-    try:
-        await store.open(MIGRATIONS)
-        accounts = Accounts(store, now=time.time, entropy=secrets.token_bytes)
-        registry = Registry(store, approve="operator", now=time.time)
-        await accounts.load()
-        await registry.load()
-        return await Operations(accounts, registry, store=store).commands()[command](**arguments)
-    finally:
-        await store.close()
-        lock.release()
+    with contextlib.ExitStack() as held:
+        if database is None:
+            # PostgreSQL needs no lock: gateways elsewhere may run, and hear of what is changed.
+            held.callback(FolderLock(folder / "network.lock", "gridmill network").release)
+        store = store_at(database or folder / "network.sqlite", wall_clock=time.time)
+        try:
+            await store.open(MIGRATIONS)
+            accounts = Accounts(store, now=time.time, entropy=secrets.token_bytes)
+            registry = Registry(store, approve="operator", now=time.time)
+            await accounts.load()
+            await registry.load()
+            return await Operations(accounts, registry, store=store).commands()[command](**arguments)
+        finally:
+            await store.close()
 
 
 _PERIOD = re.compile(r"([0-9]{1,5})([dh])")
