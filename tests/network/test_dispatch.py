@@ -14,7 +14,8 @@ import msgspec
 import pytest
 
 from gridmill.network import dispatch as dispatch_module
-from gridmill.network.accounts import Account, AccountId, Accounts, KeyId
+from gridmill.network.accounts import Accounts
+from gridmill.network.books import Books, GatewayId, Order, Payer
 from gridmill.network.dispatch import CallerFault, Dispatcher, Enough, NodeFault, NoRoom, Outcome
 from gridmill.network.links import STREAM_CREDIT_IDS, Links
 from gridmill.network.operator import MIGRATIONS
@@ -52,7 +53,7 @@ CLASS = ModelClass(
     tokenizer_sha256=hashlib.sha256(TOKENIZER).hexdigest(),
     text_facts_sha256=hashlib.sha256(facts_bytes(FACTS)).hexdigest(),
 )
-ACCOUNT = Account(AccountId("a"), KeyId("k"), "alice", frozenset({"inference"}))
+PAYER = Payer("a", "k")
 
 
 class MemorySocket:
@@ -174,11 +175,21 @@ class World:
             invite_only=options.pop("invite_only", False),
             spawn=lambda work: void(tasks.create_task(work)),
         )
+        clock = asyncio.get_running_loop().time
+        self.books = Books(
+            store,
+            holder=GatewayId("gateway-1"),
+            network_key=self.identity.public,
+            clock=clock,
+            wall_ms=lambda: int(clock() * 1000),
+            entropy=os.urandom,
+        )
         self.dispatcher = Dispatcher(
             registry=self.registry,
             links=self.links,
+            books=self.books,
             observer=self.observer,
-            clock=asyncio.get_running_loop().time,
+            clock=clock,
             **options,
         )
 
@@ -197,6 +208,9 @@ class World:
         async with asyncio.timeout(5):
             while served and not self.registry.snapshot().by_class.get(CLASS.class_id):
                 await asyncio.sleep(0)
+
+    def order(self, wanted: Generate, amount: int = 0) -> Order:
+        return self.books.order(PAYER, wanted.work_id, wanted.class_id, "demo", len(wanted.prompt) // 4, amount)
 
     @property
     def in_flight(self) -> int:
@@ -223,8 +237,11 @@ def play(tmp_path: Path, body: Callable[[World], Awaitable[None]], **options: An
         try:
             async with asyncio.TaskGroup() as tasks:
                 made = World(tmp_path, tasks, store, **options)
+                books = asyncio.create_task(made.books.run())
                 yield made
                 made.links.say_goodbye(Reason.STOPPING, "the test is over")
+                await made.books.close()
+                books.cancel()
         finally:
             await store.close()
 
@@ -261,7 +278,7 @@ class Reader:
             self.ids.extend(emission.ids)
 
     async def serve(self, world: World, wanted: Generate) -> Outcome:
-        return await world.dispatcher.serve(wanted, ACCOUNT, self.emit, placed=self.nodes.append)
+        return await world.dispatcher.serve(wanted, world.order(wanted), self.emit, placed=self.nodes.append)
 
 
 def test_a_work_is_placed_answered_and_its_place_freed(tmp_path: Path) -> None:
@@ -270,7 +287,7 @@ def test_a_work_is_placed_answered_and_its_place_freed(tmp_path: Path) -> None:
         reader = Reader()
         outcome = await reader.serve(world, work(600))  # more than the first credit: grants must flow
         assert reader.ids == [100 + n % 100 for n in range(600)]
-        assert outcome == Outcome("length", 600, 2, tuple(reader.nodes))
+        assert outcome == Outcome("length", 600, 0, tuple(reader.nodes))  # the node claims 2 cached: only our record counts
         assert len(reader.nodes) == 1 and len(node.heard_of(Credit)) >= (600 - STREAM_CREDIT_IDS) // STREAM_CREDIT_IDS
         await world.idle()
         assert world.in_flight == 0 and world.observer.tokens == 600
@@ -288,7 +305,7 @@ def test_a_reader_who_stops_reading_stops_the_node_at_its_credit(tmp_path: Path)
             await gate.wait()
             await slow.emit(emissions)
 
-        task = asyncio.create_task(world.dispatcher.serve(work(2000), ACCOUNT, held))
+        task = asyncio.create_task(world.dispatcher.serve(work(2000), world.order(work(2000)), held))
         fast = Reader()
         await fast.serve(world, work(2000, "fast"))  # the other stream is not held up
         stream = next(offer.stream for offer in node.heard_of(Offer) if offer.work.work_id == "w")
@@ -314,8 +331,8 @@ def test_enough_cancels_the_node_and_counts_what_is_kept(tmp_path: Path) -> None
         async def emit(emissions: list[Emission]) -> None:
             raise Enough(keep=3)
 
-        outcome = await world.dispatcher.serve(work(), ACCOUNT, emit)
-        assert (outcome.kind, outcome.output_tokens, outcome.cached_tokens) == ("stop", 3, 3)
+        outcome = await world.dispatcher.serve(work(), world.order(work()), emit)
+        assert (outcome.kind, outcome.output_tokens, outcome.cached_tokens) == ("stop", 3, 0)
         assert node.heard_of(Cancel)[0].keep == 3
 
     play(tmp_path, body)

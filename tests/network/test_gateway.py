@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -16,11 +18,15 @@ import pytest
 import uvicorn
 
 from gridmill.network.accounts import Account, AccountId, KeyId
+from gridmill.network.books import Books, GatewayId, Order
 from gridmill.network.detokenise import ClassText
 from gridmill.network.dispatch import CallerFault, Enough, NodeFault, NoRoom, Outcome
 from gridmill.network.gateway.asgi import HttpProtocol
 from gridmill.network.gateway.openai import OpenAIGateway
+from gridmill.network.limits import Limits
+from gridmill.network.metering import FREE, PriceRow
 from gridmill.network.registry import ModelCard, UnknownModel
+from gridmill.network.store import SqliteStore
 from gridmill.network.text import TextError
 from gridmill.wire.classes import ClassId, TextFacts
 from gridmill.wire.messages import Emission, Generate
@@ -78,8 +84,14 @@ class FakeRegistry:
             raise KeyError(class_id)
         return self.text
 
+    def price_rows(self, class_id: str) -> list[PriceRow]:
+        return [FREE]
+
 
 class FakeAccounts:
+    def why_not(self, api_key: str) -> str:
+        return "this API key is not known here"
+
     def authenticate(self, api_key: str) -> Account | None:
         scopes = {KEY: "inference", "gm-node": "node"}
         if api_key not in scopes:
@@ -115,9 +127,9 @@ class FakeDispatcher:
         self.cancelled = asyncio.Event()
 
     async def serve(
-        self, work: Generate, account: Account, emit: Callable[[list[Emission]], Awaitable[None]], *, placed: Any
+        self, work: Generate, order: Order, emit: Callable[[list[Emission]], Awaitable[None]], *, placed: Any
     ) -> Outcome:
-        assert account.account_id == "account-1"
+        assert order.payer.account_id == "account-1"
         self.works.append(work)
         self.running += 1
         try:
@@ -235,6 +247,15 @@ async def scene(**limits: Any) -> AsyncIterator[Scene]:
         accounts=FakeAccounts(),  # type: ignore[arg-type]
         texts=FakeTexts(),  # type: ignore[arg-type]
         dispatcher=FakeDispatcher(),  # type: ignore[arg-type]
+        books=Books(  # what is free needs no database
+            SqliteStore(Path("nowhere"), wall_clock=time.time),
+            holder=GatewayId("gateway-1"),
+            network_key=bytes(32),
+            clock=time.monotonic,
+            wall_ms=lambda: 0,
+            entropy=os.urandom,
+        ),
+        limits=Limits(),
         clock=time.monotonic,
         wall_clock=lambda: 1_800_000_000.5,
         request_ids=lambda: f"{next(numbers):06d}",
@@ -320,6 +341,7 @@ async def test_a_plain_answer_has_openais_shape_and_ours(stage: Scene) -> None:
             "completion_tokens": 6,
             "total_tokens": 8,
             "prompt_tokens_details": {"cached_tokens": 0},
+            "cost_nanocredits": 0,
         },
         "gridmill": {"nodes": ["node-1"], "request_id": "chatcmpl-000001"},
     }
