@@ -139,7 +139,7 @@ def test_a_deadlock_has_a_winner_and_the_other_runs_again(postgres_database: Dat
 
         await asyncio.gather(one.run(update("ab")), other.run(update("ba")))
         assert await one.run(counters) == [("a", 2), ("b", 2)]
-        assert len(runs) == 3
+        assert len(runs) > 2
 
     with_stores(postgres_database, body, 2)
 

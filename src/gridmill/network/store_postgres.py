@@ -43,6 +43,7 @@ WAIT_SECONDS_MAX = 30.0  # for a connection of the pool: whoever waits longer is
 STATEMENT_SECONDS_MAX = 60.0  # a lock held this long is held by a program that hangs
 MIGRATION_SECONDS_MAX = 900.0  # a large table is copied and rewritten; another gateway may be doing it
 RACES_MAX = 20  # a deadlock has a winner each time, so this is reached only by code that locks out of order
+RACE_PAUSE_SECONDS = 0.01  # the winner has to wake up and take the lock, or the two meet in the same deadlock again
 UNIQUE_VIOLATIONS_MAX = 5  # the second run sees the row that the first collided with; a true duplicate stays one
 LOST_CONNECTIONS_MAX = POOL_CONNECTIONS + 1  # a restarted server has closed each of the pool's
 
@@ -168,9 +169,10 @@ class PostgresStore:
             try:
                 return await self._attempt(action, pool)
             except (asyncpg.SerializationError, asyncpg.DeadlockDetectedError):
-                races += 1  # no pause: the winner holds the lock that the next attempt waits for
+                races += 1
                 if races >= RACES_MAX:
                     raise
+                await asyncio.sleep(RACE_PAUSE_SECONDS)
             except asyncpg.UniqueViolationError:
                 unique_violations += 1
                 if unique_violations >= UNIQUE_VIOLATIONS_MAX:
