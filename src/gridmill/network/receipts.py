@@ -11,16 +11,26 @@ belongs to the next.
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
 
 import msgspec
 
-from gridmill.network.store import Row, Transaction
+from gridmill.network.store import Row, Store, StoreUnusable, Transaction
 from gridmill.wire import receipts as rules
 from gridmill.wire.codec import LEAVES_MAX, STATEMENTS_MAX
+from gridmill.wire.identity import Identity, node_id_of
 from gridmill.wire.messages import (
+    Acknowledged,
+    AnyMessage,
+    Countersignature,
+    Countersigned,
     Leaf,
+    NodeId,
+    Receipts,
+    SignedStatement,
     Statement,
 )
 
@@ -71,21 +81,27 @@ CREATE TABLE receipt_statements (
     PRIMARY KEY (chain, seq)
 );
 CREATE TABLE period_roots (
-    period_start_seconds BIGINT NOT NULL PRIMARY KEY,
+    period_start_seconds BIGINT NOT NULL,
     period_seconds BIGINT NOT NULL,
     network_key BLOB NOT NULL,
     leaves BIGINT NOT NULL,
     root BLOB NOT NULL,
-    signature BLOB NOT NULL
+    signature BLOB NOT NULL,
+    PRIMARY KEY (period_start_seconds, period_seconds)
 );
 """
 
 CHAIN_BYTES = 16  # of the head before the first leaf: nobody finds two chains that share them
 WINDOW_MESSAGES = 2  # Receipts on their way to one node: one being answered, one ready
-PEERS_COUNTERSIGNED_MAX = 1024  # answers that wait for the database; what is over is asked for again at the next join
-STATEMENTS_REMEMBERED = 2 * STATEMENTS_MAX * WINDOW_MESSAGES  # per node: all that it may still answer, with room
+BACKLOG_LEAVES_MAX = 8 * LEAVES_MAX  # of one node, in memory while it answers; what is over is read again when it has
+ANSWERS_WAITING_MAX = 1024  # Countersigned messages before the disk; those over it come again at the next join
+ANSWERS_AT_ONCE = 64
 CLOSE_GRACE_SECONDS = 300  # a settlement reads the clock first, and waits for no lock nearly as long as this
+CLOSE_LOOK_SECONDS = 60.0  # how often to look for a period that is over
+LEAVES_PAGE = 2000  # read at once for a root: some milliseconds of the database
 MISSING = "missing"  # a node's remark: it lacks leaves before these, and they should come again in order
+
+Send = Callable[[NodeId, AnyMessage], bool]
 
 _COUNTER = (
     "chain, node_id, class_id, period_start_seconds, period_seconds, network_key, node_key, seq, input_tokens, "
@@ -197,12 +213,12 @@ async def settle(
 
 async def _open_period(tx: Transaction, at_ms: int, period_seconds: int) -> int:
     """Where the period begins that is open at this time: its own, or the first after all that are closed."""
-    period = at_ms // 1000 // period_seconds * period_seconds
     row = await tx.one(
-        "SELECT period_start_seconds + period_seconds FROM period_roots ORDER BY period_start_seconds DESC LIMIT 1"
+        "SELECT MAX(period_start_seconds) FROM period_roots WHERE period_seconds = ?",
+        period_seconds,
     )
-    closed_until = int(row[0]) if row is not None else 0
-    return max(period, -(-closed_until // period_seconds) * period_seconds)
+    period = at_ms // 1000 // period_seconds * period_seconds
+    return period if row is None or row[0] is None else max(period, int(row[0]) + period_seconds)
 
 
 async def _locked_counters(
@@ -255,3 +271,393 @@ def _after(before: Statement, leaf: Leaf, packed: bytes) -> Statement:
         before.pay_nanocredits + leaf.pay_nanocredits,
         rules.chain_next(before.head, rules.leaf_hash_of(packed)),
     )
+
+
+# ---------------------------------------------------------------- with the nodes
+
+
+class _Peer:
+    """What is under way with one node on its present link."""
+
+    def __init__(self) -> None:
+        self.in_flight = 0
+        self.sent: OrderedDict[tuple[str, int, int], SignedStatement] = OrderedDict()
+        self.sent_seq: dict[bytes, int] = {}  # per chain, on this link, with what is in the backlog
+        self.backlog: deque[Unsigned] = deque()
+        self.backlog_leaves = 0
+        self.behind = True  # something may be in the database that is neither sent nor in the backlog
+        self.more = False  # something was settled since the database was last read
+        self.sent_again: set[tuple[bytes, int]] = set()  # where the node said `missing`, once for each
+
+    def fall_behind(self) -> None:
+        """The database takes over from the backlog."""
+        for entry in reversed(self.backlog):
+            self.sent_seq[_chain_of(entry.statement)] = entry.statement.seq - len(entry.leaves)
+        self.backlog.clear()
+        self.backlog_leaves = 0
+        self.behind = self.more = True
+
+
+class Desk:
+    """Exchanges signatures with the nodes that are here. `run` is its one task.
+
+    `send(node_id, message)` hands a message to the node's live link, and is False when there is none.
+    """
+
+    def __init__(self, store: Store, identity: Identity, send: Send) -> None:
+        self._store = store
+        self._identity = identity
+        self._send = send
+        self._peers: dict[NodeId, _Peer] = {}
+        self._answers: deque[tuple[NodeId, Countersigned]] = deque()
+        self._behind: set[NodeId] = set()
+        self._wake = asyncio.Event()
+        self.answers_lost = 0
+        self.signatures_wrong = 0
+        self.disputes = 0
+
+    def send(self, unsigned: Sequence[Unsigned]) -> None:
+        """After the commit of a settlement: tells the nodes that are here. The rest is in the database."""
+        touched: set[NodeId] = set()
+        for entry in unsigned:
+            node_id = node_id_of(entry.statement.node_key)
+            peer = self._peers.get(node_id)
+            if peer is None:
+                continue
+            touched.add(node_id)
+            chain = _chain_of(entry.statement)
+            before = entry.statement.seq - len(entry.leaves)
+            follows = peer.sent_seq.get(chain, 0) == before
+            room = peer.backlog_leaves + len(entry.leaves) <= BACKLOG_LEAVES_MAX
+            if peer.behind or not follows or not room:
+                peer.fall_behind()
+            else:
+                peer.backlog.append(entry)
+                peer.backlog_leaves += len(entry.leaves)
+                peer.sent_seq[chain] = entry.statement.seq
+        for node_id in touched:
+            self._push(node_id)
+
+    def joined(self, node_id: NodeId) -> None:
+        """A node is here, for the first time or again: it gets all that it has not countersigned."""
+        self._peers[node_id] = _Peer()
+        self._push(node_id)
+
+    def left(self, node_id: NodeId) -> None:
+        self._peers.pop(node_id, None)
+        self._behind.discard(node_id)
+
+    def settled_elsewhere(self, node_id: NodeId) -> None:
+        """Another gateway on this database settled works of a node whose link is here."""
+        peer = self._peers.get(node_id)
+        if peer is not None:
+            peer.fall_behind()
+            self._push(node_id)
+
+    def countersigned(self, node_id: NodeId, message: Countersigned) -> None:
+        """What a node said to receipts. Never blocks; `run` checks it and writes it down."""
+        peer = self._peers.get(node_id)
+        if peer is None:
+            return
+        peer.in_flight = max(0, peer.in_flight - 1)
+        if len(self._answers) < ANSWERS_WAITING_MAX:
+            self._answers.append((node_id, message))
+            self._wake.set()
+        else:
+            self.answers_lost += 1
+        self._push(node_id)
+
+    async def run(self) -> None:
+        """Writes answers down, sends what nodes missed, and closes periods, until it is cancelled."""
+        loop = asyncio.get_running_loop()
+        look_at = loop.time()
+        while True:
+            try:
+                async with asyncio.timeout_at(look_at):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+            self._wake.clear()
+            try:
+                await self._work_off()
+                if loop.time() >= look_at:
+                    look_at = loop.time() + CLOSE_LOOK_SECONDS
+                    await self.close_periods()
+            except StoreUnusable as problem:
+                # Nothing is lost: what is not countersigned is sent again at the next join.
+                log.warning("receipts could not be exchanged", extra={"reason": str(problem)})
+
+    async def _work_off(self) -> None:
+        while self._answers:
+            batch = [self._answers.popleft() for _ in range(min(len(self._answers), ANSWERS_AT_ONCE))]
+            await self._write_down(batch)
+        for node_id in tuple(self._behind):
+            self._behind.discard(node_id)
+            await self._catch_up(node_id)
+
+    # ------------------------------------------------------------ out
+
+    def _push(self, node_id: NodeId) -> None:
+        """Sends as much of the backlog as may be on its way; what lies in the database is for `run`."""
+        peer = self._peers.get(node_id)
+        if peer is None:
+            return
+        while peer.backlog and peer.in_flight < WINDOW_MESSAGES:
+            batch: list[Unsigned] = []
+            leaves = 0
+            while peer.backlog and len(batch) < STATEMENTS_MAX and leaves + len(peer.backlog[0].leaves) <= LEAVES_MAX:
+                batch.append(peer.backlog.popleft())
+                leaves += len(batch[-1].leaves)
+            peer.backlog_leaves -= leaves
+            self._sign_and_send(node_id, peer, batch)
+        if peer.behind and not peer.backlog and peer.in_flight < WINDOW_MESSAGES:
+            self._behind.add(node_id)
+            self._wake.set()
+
+    def _sign_and_send(self, node_id: NodeId, peer: _Peer, batch: Sequence[Unsigned]) -> None:
+        statements = tuple(
+            SignedStatement(entry.statement, entry.leaves, rules.sign_as_network(self._identity, entry.statement))
+            for entry in batch
+        )
+        if not self._send(node_id, Receipts(statements)):
+            self.left(node_id)
+            return
+        peer.in_flight += 1
+        for signed in statements:
+            peer.sent[_name(signed.statement)] = signed
+        while len(peer.sent) > 2 * WINDOW_MESSAGES * STATEMENTS_MAX:
+            peer.sent.popitem(last=False)  # never answered; should it be after all, the database knows it
+
+    async def _catch_up(self, node_id: NodeId) -> None:
+        """The next messages of what the node has not countersigned and was not sent on this link."""
+        peer = self._peers.get(node_id)
+        while peer is not None and peer.behind and peer.in_flight < WINDOW_MESSAGES:
+            peer.more = False
+            sent_seq = dict(peer.sent_seq)
+
+            async def read(tx: Transaction, sent_seq: dict[bytes, int] = sent_seq) -> list[Unsigned]:
+                return await _uncountersigned(tx, node_id, sent_seq)
+
+            found = await self._store.run(read)
+            if self._peers.get(node_id) is not peer:
+                return
+            if found:
+                for entry in found:
+                    peer.sent_seq[_chain_of(entry.statement)] = entry.statement.seq
+                self._sign_and_send(node_id, peer, found)
+            elif not peer.more:
+                peer.behind = False
+
+    # ------------------------------------------------------------ in
+
+    async def _write_down(self, answers: Sequence[tuple[NodeId, Countersigned]]) -> None:
+        said = [(node_id, entry) for node_id, message in answers for entry in message.signatures]
+        statements: list[Statement | None] = []
+        for node_id, entry in said:
+            peer = self._peers.get(node_id)
+            signed = peer.sent.pop(_name(entry), None) if peer is not None else None
+            statements.append(signed.statement if signed is not None else None)
+        unknown = [i for i, statement in enumerate(statements) if statement is None]
+        if unknown:
+            asked = [said[i] for i in unknown]
+
+            async def read(tx: Transaction) -> list[Statement | None]:
+                return [await _find_statement(tx, node_id, entry) for node_id, entry in asked]
+
+            for i, statement in zip(unknown, await self._store.run(read), strict=True):
+                statements[i] = statement
+        holds = await asyncio.to_thread(
+            lambda: [
+                statement is not None and bool(entry.signature) and rules.signed_by_node(statement, entry.signature)
+                for (_, entry), statement in zip(said, statements, strict=True)
+            ]
+        )
+        good: list[tuple[NodeId, Countersignature, Statement]] = []
+        disputed: list[tuple[Countersignature, Statement]] = []
+        for (node_id, entry), statement, fine in zip(said, statements, holds, strict=True):
+            if statement is None:
+                log.warning("a node signs a statement that nobody made", extra={"node": node_id, "seq": entry.seq})
+            elif fine:
+                good.append((node_id, entry, statement))
+                if entry.remark:
+                    log.info("a node countersigns without a record", extra={"node": node_id, "remark": entry.remark})
+            elif entry.signature:
+                self.signatures_wrong += 1
+                log.warning("a node's countersignature is wrong", extra={"node": node_id, "seq": entry.seq})
+            elif entry.remark == MISSING:
+                self._send_again(node_id, statement)
+            else:
+                self.disputes += 1
+                disputed.append((entry, statement))
+                log.warning("a node disputes a receipt", extra={"node": node_id, "remark": entry.remark})
+        if not good and not disputed:
+            return
+        signatures = sorted(
+            ((_chain_of(statement), statement.seq, entry, statement) for _, entry, statement in good),
+            key=lambda row: row[:2],
+        )
+        rows = [
+            (rules.sign_as_network(self._identity, statement), entry.signature, entry.remark, chain, seq)
+            for chain, seq, entry, statement in signatures
+        ]
+        highest = {chain: seq for chain, seq, _, _ in signatures}  # in order, so the last is the highest
+
+        async def write(tx: Transaction) -> None:
+            await tx.do_many(
+                "UPDATE receipt_counters SET countersigned_seq = ? WHERE chain = ? AND countersigned_seq < ?",
+                [(seq, chain, seq) for chain, seq in highest.items()],
+            )
+            await tx.do_many(
+                "UPDATE receipt_statements SET network_signature = ?, node_signature = ?, remark = ? "
+                "WHERE chain = ? AND seq = ?",
+                rows,
+            )
+            await tx.do_many(
+                "UPDATE receipt_statements SET remark = ? WHERE chain = ? AND seq = ? AND length(node_signature) = 0",
+                [(entry.remark, _chain_of(statement), statement.seq) for entry, statement in disputed],
+            )
+
+        await self._store.run(write)
+        kept: dict[NodeId, list[tuple[str, int, int]]] = {}
+        for node_id, entry, _ in good:
+            kept.setdefault(node_id, []).append(_name(entry))
+        for node_id, names in kept.items():
+            for start in range(0, len(names), STATEMENTS_MAX):
+                self._send(node_id, Acknowledged(tuple(names[start : start + STATEMENTS_MAX])))
+
+    def _send_again(self, node_id: NodeId, statement: Statement) -> None:
+        """Once for each place: a node that goes on missing it waits for its next join."""
+        peer = self._peers.get(node_id)
+        place = (_chain_of(statement), statement.seq)
+        if peer is not None and place not in peer.sent_again and len(peer.sent_again) < BACKLOG_LEAVES_MAX:
+            peer.sent_again.add(place)
+            peer.fall_behind()
+            peer.sent_seq.pop(place[0], None)
+            self._push(node_id)
+
+    # ------------------------------------------------------------ periods
+
+    async def close_periods(self) -> int:
+        """Signs the root of every period that is over; returns how many. Repeating it changes nothing."""
+
+        async def due(tx: Transaction) -> list[Row]:
+            return await tx.all(
+                "SELECT DISTINCT c.period_start_seconds, c.period_seconds FROM receipt_counters c "
+                "LEFT JOIN period_roots r ON r.period_start_seconds = c.period_start_seconds "
+                "AND r.period_seconds = c.period_seconds WHERE r.root IS NULL AND c.seq > 0 "
+                "AND c.period_start_seconds + c.period_seconds <= ? ORDER BY 1, 2",
+                await tx.now_ms() // 1000 - CLOSE_GRACE_SECONDS,
+            )
+
+        closed = 0
+        for start, seconds in await self._store.run(due):
+            closed += await self._close(int(start), int(seconds))
+        return closed
+
+    async def _close(self, start: int, seconds: int) -> bool:
+        entries = await period_entries(self._store, start, seconds)
+        root = rules.merkle_root(entries)
+        key = self._identity.public
+        signature = self._identity.sign(rules.period_root_bytes(key, start, seconds, len(entries), root))
+
+        async def write(tx: Transaction) -> bool:
+            row = await tx.one(
+                "SELECT SUM(seq) FROM receipt_counters WHERE period_start_seconds = ? AND period_seconds = ?",
+                *(start, seconds),
+            )
+            if row is None or row[0] != len(entries):
+                return False  # a clock went back and something was added: the next look takes it in
+            await tx.do(
+                "INSERT INTO period_roots (period_start_seconds, period_seconds, network_key, leaves, root, signature) "
+                "VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (period_start_seconds, period_seconds) DO NOTHING",
+                *(start, seconds, key, len(entries), root, signature),
+            )
+            return True
+
+        return await self._store.run(write)
+
+
+async def period_entries(store: Store, start: int, seconds: int) -> list[bytes]:
+    """The entries of a period's tree in their order (node id, class id, seq)."""
+
+    async def chains_of(tx: Transaction) -> list[Row]:
+        return await tx.all(
+            "SELECT node_id, class_id, chain, node_key FROM receipt_counters "
+            "WHERE period_start_seconds = ? AND period_seconds = ?",
+            *(start, seconds),
+        )
+
+    entries: list[bytes] = []
+    for _, class_id, chain, node_key in sorted(await store.run(chains_of)):
+        seq = 0
+        while True:
+
+            async def page(tx: Transaction, chain: bytes = bytes(chain), after: int = seq) -> list[Row]:
+                return await tx.all(
+                    f"SELECT leaf FROM receipt_leaves WHERE chain = ? AND seq > ? ORDER BY seq LIMIT {LEAVES_PAGE}",
+                    *(chain, after),
+                )
+
+            rows = await store.run(page)
+            key = bytes(node_key)
+            for (packed,) in rows:
+                seq += 1
+                entries.append(rules.merkle_entry(key, class_id, seq, rules.leaf_hash_of(bytes(packed))))
+            if len(rows) < LEAVES_PAGE:
+                break
+    return entries
+
+
+# ---------------------------------------------------------------- reading
+
+
+async def _uncountersigned(tx: Transaction, node_id: str, sent_seq: dict[bytes, int]) -> list[Unsigned]:
+    """As many statements as one message holds, in order, that the node has neither countersigned nor been sent."""
+    chains = await tx.all(
+        "SELECT chain, seq, countersigned_seq FROM receipt_counters WHERE node_id = ? AND seq > countersigned_seq "
+        "ORDER BY period_start_seconds, chain",
+        node_id,
+    )
+    found: list[Unsigned] = []
+    leaves_left = LEAVES_MAX
+    for raw, seq, countersigned_seq in chains:
+        chain = bytes(raw)
+        after = max(countersigned_seq, sent_seq.get(chain, 0))
+        if after >= seq:
+            continue
+        rows = await tx.all(
+            f"SELECT seq, first_seq, statement FROM receipt_statements WHERE chain = ? AND seq > ? ORDER BY seq "
+            f"LIMIT {STATEMENTS_MAX - len(found)}",
+            *(chain, after),
+        )
+        for last, first, packed in rows:
+            if last - first + 1 > leaves_left:
+                return found
+            leaves_left -= last - first + 1
+            leaves = await tx.all(
+                "SELECT leaf FROM receipt_leaves WHERE chain = ? AND seq >= ? AND seq <= ? ORDER BY seq",
+                *(chain, first, last),
+            )
+            statement = rules.statement_from(bytes(packed))
+            found.append(Unsigned(statement, tuple(rules.leaf_from(bytes(leaf)) for (leaf,) in leaves)))
+        if len(found) == STATEMENTS_MAX:
+            break
+    return found
+
+
+async def _find_statement(tx: Transaction, node_id: str, entry: Countersignature) -> Statement | None:
+    row = await tx.one(
+        "SELECT s.statement FROM receipt_counters c JOIN receipt_statements s ON s.chain = c.chain "
+        "WHERE c.node_id = ? AND c.class_id = ? AND c.period_start_seconds = ? AND s.seq = ?",
+        *(node_id, entry.class_id, entry.period_start_seconds, entry.seq),
+    )
+    return rules.statement_from(bytes(row[0])) if row is not None else None
+
+
+def _chain_of(statement: Statement) -> bytes:
+    return rules.opening_of(statement).head[:CHAIN_BYTES]
+
+
+def _name(entry: Statement | Countersignature) -> tuple[str, int, int]:
+    """What both sides call a statement on a link."""
+    return entry.class_id, entry.period_start_seconds, entry.seq

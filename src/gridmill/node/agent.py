@@ -2,7 +2,8 @@
 
 1. Every accepted Work gets exactly one End, whatever becomes of its engine; a refused one gets a Refuse and no more.
 2. Ids leave only against credit. Awaiting credit is what makes an engine wait for a slow reader.
-3. All that is emitted in one turn of the event loop, which is one engine step, leaves as one Step. Steps that follow at
+3. Every work that was accepted is in the outbox before its End leaves, and the End carries the node's claim.
+4. All that is emitted in one turn of the event loop, which is one engine step, leaves as one Step. Steps that follow at
    once, as only a toy engine's can, share frames: a frame costs both ends more than the ids in it.
 
 An engine refuses before it first waits (admission.py), so whether to accept is known one turn after a run began.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from collections import deque
 from collections.abc import AsyncIterator, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
@@ -21,11 +23,14 @@ from typing import Any, Protocol
 import msgspec
 
 from gridmill.node.engines.base import Artifact, Engine, Event, Failed, Finished, Log, Refused, Tokens
+from gridmill.node.outbox import Ended, Outbox
+from gridmill.wire import receipts as rules
 from gridmill.wire.codec import CHUNK_BYTES_MAX
 from gridmill.wire.link import Arrived, Closed, Opened
 from gridmill.wire.link import Event as LinkEvent
 from gridmill.wire.messages import (
     Accept,
+    Acknowledged,
     AnyMessage,
     Cancel,
     Chunk,
@@ -38,11 +43,13 @@ from gridmill.wire.messages import (
     Listed,
     Offer,
     Offers,
+    Price,
+    Receipts,
     Refuse,
     Step,
     Telemetry,
 )
-from gridmill.wire.sampling import TokenLogprob
+from gridmill.wire.sampling import TokenLogprob, pack_ids
 
 log = logging.getLogger("gridmill.node")
 
@@ -51,7 +58,10 @@ STEP_BYTES_SOFT_MAX = 256 << 10  # a Step that reaches it leaves before the turn
 ID_BYTES, LOGPROB_BYTES = 5, 15  # most that an id, and an (id, logprob) pair, take as MessagePack
 STEP_TURNS = 4  # from one Step to the next, unless nothing runs any more; turns of an idle loop take microseconds
 CHUNKS_AHEAD = 2  # file chunks that wait in the link: one leaving, one ready
+PIECES_UNPACKED_MAX = 256  # emissions of a work kept as they came; packing them is 10 times smaller, and not free
+RECEIPTS_WAITING_MAX = 8  # messages; the network has two on the way at most, and what is dropped comes again
 LOGPROB_MIN = -9999.0  # what OpenAI reports for "as good as impossible"; minus infinity has no place in JSON
+FREE = Price()
 
 
 class Channel(Protocol):
@@ -63,10 +73,15 @@ class Channel(Protocol):
 
 
 @asynccontextmanager
-async def agent_on(engines: Iterable[Engine], channel: Channel) -> AsyncIterator[Agent]:
-    """An Agent whose works all live inside this context: leaving it cancels what still runs and waits for it."""
+async def agent_on(
+    engines: Iterable[Engine], channel: Channel, *, outbox: Outbox | None = None, price: Price = FREE
+) -> AsyncIterator[Agent]:
+    """An Agent whose works all live inside this context: leaving it cancels what still runs and waits for it.
+
+    `price` is asked for every class. Without an outbox the node keeps no receipts and signs none.
+    """
     async with asyncio.TaskGroup() as group:
-        agent = Agent(engines, channel, group)
+        agent = Agent(engines, channel, group, outbox, price)
         try:
             yield agent
         finally:
@@ -76,10 +91,22 @@ async def agent_on(engines: Iterable[Engine], channel: Channel) -> AsyncIterator
 class Agent:
     """Feed it the link's events with `on_event`; it answers on the channel. Made by `agent_on`."""
 
-    def __init__(self, engines: Iterable[Engine], channel: Channel, group: asyncio.TaskGroup) -> None:
+    def __init__(
+        self,
+        engines: Iterable[Engine],
+        channel: Channel,
+        group: asyncio.TaskGroup,
+        outbox: Outbox | None,
+        price: Price,
+    ) -> None:
         self._engines = {engine.served.model_class.class_id: engine for engine in engines}
         self._channel = channel
         self._group = group
+        self._outbox = outbox
+        self._price = price
+        self._network_key = b""
+        self._receipts: deque[Receipts] = deque()
+        self._answering = False
         self._works: dict[int, _Work] = {}
         self._emissions: dict[int, Emission] = {}
         self._ends: list[End] = []
@@ -98,9 +125,12 @@ class Agent:
     def on_event(self, event: LinkEvent) -> None:
         """One event of the link. Never blocks; a closed link cancels everything that ran on it."""
         match event:
-            case Opened():
+            case Opened(network_key=network_key):
                 self._open = True
-                self._channel.send(Offers(tuple(offer_of(engine) for engine in self._engines.values())))
+                self._network_key = network_key
+                self._channel.send(Offers(tuple(offer_of(engine, self._price) for engine in self._engines.values())))
+                if self._outbox is not None:
+                    self._spawn(self._sign_again(self._outbox), "countersignatures")
             case Arrived(message=message):
                 self._heard(message)
             case Closed():
@@ -153,9 +183,10 @@ class Agent:
                 for stream, ids in grants:
                     if stream in self._works:
                         self._works[stream].grant(ids)
-            case Cancel(stream=stream):
-                # `keep` is for the network's own books: an End counts what was sent, which both ends can check.
+            case Cancel(stream=stream, keep=keep):
+                # An End counts what was sent, which both ends can check; `keep` says how much of it the claim covers.
                 if stream in self._works:
+                    self._works[stream].keep = keep
                     self._works[stream].task.cancel()
             case Fetch(transfer=transfer, sha256=sha256):
                 self._spawn(self._send_file(transfer, sha256), f"transfer {transfer}")
@@ -165,6 +196,13 @@ class Agent:
                         log.info("the network serves %s", listing.name, extra={"class": listing.class_id[:8]})
                     else:
                         log.warning("the network does not serve %s yet: %s", listing.name, listing.detail)
+            case Receipts() if self._outbox is not None and len(self._receipts) < RECEIPTS_WAITING_MAX:
+                self._receipts.append(message)
+                if not self._answering:
+                    self._answering = True
+                    self._spawn(self._countersign(self._outbox), "receipts")
+            case Acknowledged() if self._outbox is not None:
+                self._outbox.acknowledged(self._network_key, message)
             case Drain(deadline_seconds=seconds):
                 log.info("the network is stopping within %.0f s; nothing new will come from it", seconds)
             case _:
@@ -176,6 +214,9 @@ class Agent:
             self._refuse(offer.stream, Refused("node", "draining", "this node is leaving"))
         elif engine is None:
             self._refuse(offer.stream, Refused("node", "wrong_class", "this node does not serve that class"))
+        elif offer.work.price != self._price:
+            # It never changes while this program runs; the network's record of the price is older than this program.
+            self._refuse(offer.stream, Refused("node", "wrong_price", "this node does not work for that price"))
         else:
             work = _Work(offer, engine.served.facts.vocab_size)
             self._works[offer.stream] = work
@@ -198,6 +239,46 @@ class Agent:
             if not self._open:
                 return
             self._send(Chunk(transfer, offset, len(data), data[offset : offset + CHUNK_BYTES_MAX]))
+
+    # ------------------------------------------------------------ receipts
+
+    async def _countersign(self, outbox: Outbox) -> None:
+        while self._receipts:
+            answer = await outbox.answer(self._network_key, self._receipts.popleft())
+            if answer is not None:
+                self._send(answer)
+        self._answering = False
+
+    async def _sign_again(self, outbox: Outbox) -> None:
+        """What the network has not said to have."""
+        for message in await outbox.unacknowledged(self._network_key):
+            self._send(message)
+
+    def _claim(self, outbox: Outbox, work: _Work) -> bytes:
+        """Writes the work down as this node saw it, and returns its claim on the output that counts."""
+        asked = work.offer.work
+        ids = work.sent()
+        most = len(ids) // 4
+        kept = most if work.keep < 0 else min(most, max(0, work.keep - work.first))
+        claim = outbox.claim(asked.work_id, asked.epoch, asked.class_id, rules.ids_hash(asked.salt, ids[: 4 * kept]))
+        given = (len(asked.prompt) + len(asked.delivered)) // 4
+        outbox.record(
+            Ended(
+                network_key=self._network_key,
+                work_id=asked.work_id,
+                epoch=asked.epoch,
+                class_id=asked.class_id,
+                price=asked.price,
+                salt=asked.salt,
+                prompt=asked.prompt,
+                input_tokens=given,
+                start=work.first,
+                ids=ids,
+                kept=kept,
+                claim=claim,
+            )
+        )
+        return claim
 
     # ------------------------------------------------------------ one work
 
@@ -240,6 +321,7 @@ class Agent:
     def _queue(self, work: _Work, ids: tuple[int, ...], logprobs: tuple[TokenLogprob, ...] | None) -> None:
         if not self._open:
             return
+        work.note(ids)
         stream = work.offer.stream
         waiting = self._emissions.get(stream)
         if waiting is None:
@@ -273,8 +355,11 @@ class Agent:
         """The task is over, in whatever way: the engine holds nothing of it any more."""
         self._answer(work)
         self._works.pop(work.offer.stream, None)
+        claim = b""
+        if self._outbox is not None and work.answered and not work.refused:
+            claim = self._claim(self._outbox, work)  # also when the link is gone: the network pays what reached it
         if self._open and not work.refused:
-            self._ends.append(_end_of(work))
+            self._ends.append(_end_of(work, claim))
             if self._works:
                 self._flush_soon()
             else:
@@ -348,9 +433,27 @@ class _Work:
         self.end: Finished | Failed | Refused | None = None
         self.answered = False
         self.refused = False
+        self.keep = -1  # of a Cancel
+        self._packed = bytearray()
+        self._pieces: list[tuple[int, ...]] = []
         self.task: asyncio.Task[None]
         self._vocab_size = vocab_size
         self._credit_came: asyncio.Future[None] | None = None
+
+    def note(self, ids: tuple[int, ...]) -> None:
+        """These ids go out. Remembering is cheap, packing waits until there are many, or the end."""
+        self._pieces.append(ids)
+        if len(self._pieces) >= PIECES_UNPACKED_MAX:
+            self._pack()
+
+    def sent(self) -> bytes:
+        """All ids that went out on this stream, packed."""
+        self._pack()
+        return bytes(self._packed)
+
+    def _pack(self) -> None:
+        self._packed += pack_ids([token_id for piece in self._pieces for token_id in piece])
+        self._pieces.clear()
 
     def grant(self, ids: int) -> None:
         self.credit += ids
@@ -375,26 +478,27 @@ class _Work:
             raise BrokenEngine("logprobs that are not parallel to the ids")
 
 
-def offer_of(engine: Engine) -> ClassOffer:
+def offer_of(engine: Engine, price: Price = FREE) -> ClassOffer:
     """What a node says of an engine. Speeds are given by engines that have measured themselves (`speeds()`)."""
     speeds = getattr(engine, "speeds", None)
     decode, prefill = speeds() if speeds is not None else (0.0, 0.0)
     served = engine.served
-    return ClassOffer(served.name, served.model_class, engine.slots, engine.kind, decode, prefill)
+    return ClassOffer(served.name, served.model_class, engine.slots, engine.kind, decode, prefill, price)
 
 
-def _end_of(work: _Work) -> End:
+def _end_of(work: _Work, claim: bytes) -> End:
     stream, count = work.offer.stream, work.position - work.first
     match work.end:
         case Finished(reason=reason, cached_tokens=cached_tokens):
-            return End(stream, reason, count, cached_tokens)
+            return End(stream, reason, count, cached_tokens, signature=claim)
         case Failed(code=code, detail=detail):
-            return End(stream, "failed", count, 0, code, detail)
+            return End(stream, "failed", count, 0, code, detail, signature=claim)
         case Refused(code=code, detail=detail):
-            return End(stream, "failed", count, 0, code, detail)
+            return End(stream, "failed", count, 0, code, detail, signature=claim)
     if work.task.cancelled():
-        return End(stream, "cancelled", count)
-    return End(stream, "failed", count, 0, "engine_error", "the node's engine returned without an end")
+        return End(stream, "cancelled", count, signature=claim)
+    sentence = "the node's engine returned without an end"
+    return End(stream, "failed", count, 0, "engine_error", sentence, signature=claim)
 
 
 def _finite(logprobs: tuple[TokenLogprob, ...] | None) -> tuple[TokenLogprob, ...] | None:

@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +29,7 @@ from gridmill.node.hardware import Device, DeviceError, pick_device
 from gridmill.node.hub import write_whole
 from gridmill.node.loading import ExactRefused, load_native_engine
 from gridmill.node.models import LocalModel, ModelError, resolve
+from gridmill.node.outbox import Outbox, OutboxUnusable
 from gridmill.node.progress import ProgressBar
 from gridmill.node.settings import NodeSettings
 from gridmill.wire.identity import Identity, IdentityError, certify, node_id_of
@@ -73,14 +75,22 @@ async def _run(settings: NodeSettings, ready: Ready, asked: _Asked) -> int:
         raise _CannotRun(EXIT_USAGE, str(problem)) from problem
     pins = NetworkKeys(settings.data / "networks.json")
     side = _side(settings, pins.get(address))
-    engine = await asked.unless_stopped(_engine(settings))
-    if engine is None:
-        return EXIT_DONE
+    outbox = Outbox(settings.data / "receipts.sqlite", side.identity, wall_clock=time.time)
     try:
-        serving = _Serving(settings, address, pins, engine, ready, asked)
-        return await serving.run(side)
+        outbox.open()
+    except OutboxUnusable as problem:
+        raise _CannotRun(EXIT_USAGE, str(problem)) from problem
+    try:
+        engine = await asked.unless_stopped(_engine(settings))
+        if engine is None:
+            return EXIT_DONE
+        try:
+            serving = _Serving(settings, address, pins, engine, outbox, ready, asked)
+            return await serving.run(side)
+        finally:
+            await engine.close()
     finally:
-        await engine.close()
+        await outbox.close()
 
 
 # ---------------------------------------------------------------- what is served
@@ -194,6 +204,7 @@ class _Serving:
         address: str,
         pins: NetworkKeys,
         engine: Engine,
+        outbox: Outbox,
         ready: Ready,
         asked: _Asked,
     ) -> None:
@@ -201,6 +212,8 @@ class _Serving:
         self._address = address
         self._pins = pins
         self._engine = engine
+        self._outbox = outbox
+        self._price = settings.asked_price
         self._ready: Ready | None = ready
         self._asked = asked
         self._between_links = asyncio.Event()
@@ -243,7 +256,10 @@ class _Serving:
     async def _talk(self, conversation: Conversation) -> Closed:
         self._between_links.clear()
         try:
-            async with agent_on([self._engine], conversation) as agent, asyncio.TaskGroup() as group:
+            async with (
+                agent_on([self._engine], conversation, outbox=self._outbox, price=self._price) as agent,
+                asyncio.TaskGroup() as group,
+            ):
                 conversation.link.telemetry = agent.telemetry
 
                 async def leave() -> None:

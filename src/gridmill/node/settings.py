@@ -11,10 +11,13 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from gridmill.demo import DEMO_MODEL_NAME
 from gridmill.settings_loader import SettingsError, load, parse_size, setting, toml_path_for
+
+if TYPE_CHECKING:
+    from gridmill.wire.messages import Price
 
 DEFAULT_DATA = Path("~/.gridmill").expanduser()
 HUB_URL = "https://huggingface.co"
@@ -44,6 +47,11 @@ class NodeSettings:
     )
     ca_file: Path | None = setting(None, help="PEM file with the authority that signed the network's certificate")
     insecure: bool = setting(False, help="allow a link without TLS to another machine")
+    price: str | None = setting(
+        None,
+        help="what you ask, INPUT/OUTPUT or INPUT/CACHED/OUTPUT in nanocredits per token, such as 50/400: "
+        "1 nanocredit per token is 0.001 credit per million tokens (default: nothing)",
+    )
     device: str = setting("auto", help="auto, cpu, cuda, cuda:1, mps: where the model computes")
     dtype: DTypeChoice = setting(
         "auto", help="number format; auto is float32 on a CPU, else what the model was saved in"
@@ -81,6 +89,11 @@ class NodeSettings:
         plain = self.name is None or not any(c in " @" for c in self.name)
         _require(plain, f"a model's name holds no spaces and no '@': give another --name than {self.name!r}")
         _require(
+            self.price is None or parse_price(self.price) is not None,
+            f"--price must be INPUT/OUTPUT or INPUT/CACHED/OUTPUT in whole nanocredits per token, such as 50/400 or "
+            f"50/10/400, cached input not above other input, and none above 10^9; not {self.price!r}",
+        )
+        _require(
             self.network_key is None or re.fullmatch(r"[0-9a-fA-F]{64}", self.network_key) is not None,
             "--network-key must be 64 hex digits; the network prints it, and DATA/networks.json keeps it",
         )
@@ -110,8 +123,28 @@ class NodeSettings:
         return "native" if self.engine == "native" else "echo"
 
     @property
+    def asked_price(self) -> Price:
+        from gridmill.wire.messages import Price
+
+        return (parse_price(self.price) if self.price is not None else None) or Price()
+
+    @property
     def pinned_network_key(self) -> bytes | None:
         return bytes.fromhex(self.network_key) if self.network_key is not None else None
+
+
+def parse_price(text: str) -> Price | None:
+    """A price as people write it, in nanocredits per token; None when it is none. Cached input costs as other input
+    where nothing else is said."""
+    from gridmill.wire.codec import PRICE_NANOCREDITS_MAX
+    from gridmill.wire.messages import Price
+
+    if re.fullmatch(r"\d{1,10}(/\d{1,10}){1,2}", text, flags=re.ASCII) is None:
+        return None
+    parts = [int(part) for part in text.split("/")]
+    price = Price(parts[0], parts[-2], parts[-1])
+    fine = max(parts) <= PRICE_NANOCREDITS_MAX and price.cached_input_nanocredits <= price.input_nanocredits
+    return price if fine else None
 
 
 def load_node_settings(
