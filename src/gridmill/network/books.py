@@ -75,10 +75,26 @@ CREATE TABLE open_works (
     salt BLOB NOT NULL,
     start BIGINT NOT NULL,
     started_ms BIGINT NOT NULL,
-    expires_ms BIGINT NOT NULL
+    expires_ms BIGINT NOT NULL,
+    kept_ids BLOB
 );
 CREATE INDEX open_works_by_holder ON open_works (holder);
 CREATE INDEX open_works_by_expiry ON open_works (expires_ms);
+CREATE TABLE work_answers (
+    work_id TEXT NOT NULL,
+    epoch BIGINT NOT NULL,
+    start BIGINT NOT NULL,
+    ids BLOB NOT NULL,
+    scores BLOB,
+    finish TEXT NOT NULL,
+    input_tokens BIGINT NOT NULL,
+    cached_tokens BIGINT NOT NULL,
+    charge_nanocredits BIGINT NOT NULL,
+    node_id TEXT NOT NULL,
+    at_ms BIGINT NOT NULL,
+    PRIMARY KEY (work_id, epoch)
+);
+CREATE INDEX work_answers_by_age ON work_answers (at_ms);
 CREATE TABLE network_key (
     one BIGINT PRIMARY KEY CHECK (one = 1),
     key BLOB NOT NULL
@@ -96,7 +112,7 @@ CREATE TABLE lease_fences (
 _COLUMNS = (
     *("work_id", "epoch", "holder", "hold_id", "account_id", "key_id", "model", "node_id", "node_key", "owner_id"),
     *("class_id", "price", "input_tokens", "cached_tokens", "output_tokens", "prompt_hash", "output_hash", "salt"),
-    *("start", "started_ms", "expires_ms"),
+    *("start", "started_ms", "expires_ms", "kept_ids"),
 )
 
 
@@ -157,12 +173,14 @@ class Order:
         "input_tokens",
         "journalled",
         "journalled_count",
+        "keeps_ids",
         "lease_id",
         "model",
         "payer",
         "prompt_hash",
         "purse",
         "salt",
+        "scores",
         "server",
         "settled",
         "start",
@@ -199,6 +217,10 @@ class Order:
         self.journalled = False
         self.journalled_count = -1
         self.settled = False
+        self.keeps_ids = (
+            False  # whether the answer itself goes into the database (work_answers), for idempotent requests
+        )
+        self.scores: Callable[[int], bytes] | None = None  # what is kept beside so many ids: their logprobs
         self.charged: Callable[[int, int], None] | None = None  # told what was held and what it came to
         self.deferred: Callable[[], None] | None = None  # settles it; set when that waits for a node's last word
         self._chunks: list[tuple[int, ...]] = []
@@ -264,6 +286,8 @@ class _Settlement(msgspec.Struct, frozen=True):
     server: Server
     salt: bytes
     leaf: Leaf
+    kept_ids: bytes | None = None
+    scores: bytes | None = None
 
 
 class _Asked(msgspec.Struct, frozen=True):
@@ -430,6 +454,8 @@ class Books:
                 server,
                 order.salt,
                 leaf,
+                pack_ids(order.ids()[: used.output_tokens]) if order.keeps_ids else None,
+                order.scores(used.output_tokens) if order.keeps_ids and order.scores is not None else None,
             )
         )
 
@@ -704,7 +730,7 @@ class Books:
             asked, self._asked = self._asked, []
             announcements, self._announcements = self._announcements, []
         opened: list[Order] = []
-        moved: list[tuple[int, bytes, str]] = []
+        moved: list[tuple[int, bytes, bytes | None, str]] = []
         for order in self._live.values():
             if not order.journalled:
                 if len(opened) < BATCH_MAX:
@@ -713,7 +739,8 @@ class Books:
                     opened.append(order)
             elif order.count != order.journalled_count:
                 order.journalled_count = order.count
-                moved.append((order.count, order.output_hash(order.count), order.work_id))
+                kept = pack_ids(order.ids()) if order.keeps_ids else None
+                moved.append((order.count, order.output_hash(order.count), kept, order.work_id))
         if not (asked or settlements or announcements or opened or moved):
             return None
         rows = [self._row(order) for order in opened]
@@ -729,6 +756,7 @@ class Books:
             *(server.node_id, server.node_key, server.owner_id, order.class_id, _encode_row(server.row)),
             *(order.input_tokens, order.cached_tokens, order.count),
             *(order.prompt_hash, order.output_hash(order.count), order.salt, order.start, order.started_ms, 0),
+            pack_ids(order.ids()) if order.keeps_ids else None,
         )
 
     def _written(self, batch: _Batch, written: _Written) -> None:
@@ -941,7 +969,7 @@ class _Batch:
         settlements: Sequence[_Settlement],
         opened: Sequence[tuple[Any, ...]],
         holds: Sequence[tuple[int, str]],
-        moved: Sequence[tuple[int, bytes, str]],
+        moved: Sequence[tuple[int, bytes, bytes | None, str]],
         announcements: Sequence[tuple[str, str]],
     ) -> None:
         self.batch_id = batch_id
@@ -979,7 +1007,8 @@ class _Batch:
             await self._open(transaction, written)
         if self._moved:
             await transaction.do_many(
-                "UPDATE open_works SET output_tokens = ?, output_hash = ? WHERE work_id = ? AND holder = ?",
+                "UPDATE open_works SET output_tokens = ?, output_hash = ?, kept_ids = ?"
+                " WHERE work_id = ? AND holder = ?",
                 [(*row, books._holder) for row in self._moved],
             )
         for topic, subject in self._announcements:
@@ -991,7 +1020,7 @@ class _Batch:
         pends: list[Command] = []
         rows: list[tuple[Any, ...]] = []
         for row, (amount, lease_id) in zip(self._opened, self._holds, strict=True):
-            rows.append((*row[:-1], expires_ms))
+            rows.append((*row[:-2], expires_ms, row[-1]))
             if amount:
                 hold = f"user:{row[4]}:hold"
                 pends.append(
@@ -1053,6 +1082,23 @@ async def _settle(
         ],
     )
     at_ms = await transaction.now_ms()
+    answers = [
+        (
+            *(s.work_id, s.epoch, s.leaf.start, s.kept_ids, s.scores, s.leaf.finish, s.leaf.input_tokens),
+            *(s.leaf.cached_tokens, s.leaf.charge_nanocredits, s.server.node_id, at_ms),
+        )
+        for s in settlements
+        if s.kept_ids is not None
+    ]
+    if answers:
+        await transaction.append(
+            "work_answers",
+            (
+                *("work_id", "epoch", "start", "ids", "scores", "finish", "input_tokens"),
+                *("cached_tokens", "charge_nanocredits", "node_id", "at_ms"),
+            ),
+            answers,
+        )
     written.unsigned = await receipts.settle(
         transaction,
         network_key,
@@ -1148,4 +1194,5 @@ def _from_row(row: dict[str, Any], ended_ms: int) -> _Settlement:
         Server(row["node_id"], bytes(row["node_key"]), row["owner_id"], price_row),
         bytes(row["salt"]),
         leaf,
+        bytes(row["kept_ids"]) if row["kept_ids"] is not None else None,
     )
