@@ -24,8 +24,12 @@ from gridmill.network.accounts import Accounts, KeyId
 from gridmill.network.books import Books, GatewayId
 from gridmill.network.control import ControlError, ControlServer, FolderLock
 from gridmill.network.dispatch import Dispatcher
+from gridmill.network.gateway.admin import PREFIX as ADMIN_PREFIX
+from gridmill.network.gateway.admin import AdminApi
 from gridmill.network.gateway.asgi import HttpProtocol, Receive, Scope, Send, WebSocketProtocol, send_bytes
 from gridmill.network.gateway.openai import OpenAIGateway
+from gridmill.network.gateway.plain import Plain
+from gridmill.network.gateway.usage import UsageApi
 from gridmill.network.limits import Limits
 from gridmill.network.links import Links
 from gridmill.network.metering import FeePolicy
@@ -161,10 +165,20 @@ async def _serve(
             local_url=_local_url(settings, listener),
             network_key=identity.public.hex(),
         )
+        plain = Plain(
+            accounts=accounts,
+            limits=gateway.limits,
+            clock=time.monotonic,
+            request_ids=gateway.request_ids,
+            metrics=metrics,
+            client_stall_timeout_seconds=settings.client_stall_timeout_seconds,
+        )
+        usage = UsageApi(plain, accounts=accounts, registry=registry, texts=texts, store=store, wall_clock=time.time)
+        admin = AdminApi(plain, operations, base_urls=(base_url, operations.local_url))
         control = ControlServer(settings.data, operations.commands())
         server = _Server(
             uvicorn.Config(
-                Door(gateway=gateway, links=links, side=side, metrics=metrics),
+                Door(gateway=gateway, usage=usage, admin=admin, links=links, side=side, metrics=metrics),
                 http=HttpProtocol,
                 ws=WebSocketProtocol,
                 ws_per_message_deflate=False,
@@ -246,8 +260,19 @@ def _gateway_id(path: Path) -> GatewayId:
 class Door:
     """The one ASGI application: paths to endpoints. The two hot ones are looked up first."""
 
-    def __init__(self, *, gateway: OpenAIGateway, links: Links, side: NetworkSide, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        *,
+        gateway: OpenAIGateway,
+        usage: UsageApi,
+        admin: AdminApi,
+        links: Links,
+        side: NetworkSide,
+        metrics: Metrics,
+    ) -> None:
         self._gateway = gateway
+        self._usage = usage
+        self._admin = admin
         self._links = links
         self._side = side
         self._metrics = metrics
@@ -262,6 +287,12 @@ class Door:
                 await self._gateway.models(scope, receive, send)
             case "http", str(path) if path.startswith("/v1/models/"):
                 await self._gateway.model(scope, receive, send)
+            case "http", "/v1/usage":
+                await self._usage.usage(scope, receive, send)
+            case "http", "/v1/quote":
+                await self._usage.quote(scope, receive, send)
+            case "http", str(path) if path.startswith(ADMIN_PREFIX):
+                await self._admin(scope, receive, send)
             case "http", "/healthz":
                 await send_bytes(send, 200, b'{"status":"ok"}\n', b"application/json", _request_id())
             case "http", "/metrics":
