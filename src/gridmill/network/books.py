@@ -28,7 +28,7 @@ from typing import Any, Literal, NewType, TypeVar
 import msgspec
 
 from gridmill.network import ledger, receipts, usage
-from gridmill.network.ledger import Command, Done, Extend, Grow, Pend, Post, Refused, Result, Return, Transfer, Void
+from gridmill.network.ledger import Command, Done, Extend, Grow, Pend, Refused, Result, Return, Transfer, Void
 from gridmill.network.metering import PriceRow, Usage, charge
 from gridmill.network.store import Action, Store, StoreUnusable, Transaction
 from gridmill.wire.messages import Leaf
@@ -250,8 +250,8 @@ class _Purse:
 
     def __init__(self, payer: Payer) -> None:
         self.payer = payer
-        self.source = f"user:{payer.account_id}:available"
-        self.into = f"user:{payer.account_id}:hold"
+        self.source = ledger.user_available(payer.account_id)
+        self.into = ledger.user_hold(payer.account_id)
         self.key_id = payer.key_id if payer.has_budget else ""
         self.lease_id = ""
         self.free = 0
@@ -786,10 +786,14 @@ class Books:
         while True:
             await asyncio.sleep(self._lease_seconds / 4)
             try:
-                await self._renew_all()
-                await self._clean_up()
+                await self.keep_once()
             except (StoreUnusable, Unavailable) as problem:
                 log.warning("leases could not be renewed", extra={"reason": str(problem)})
+
+    async def keep_once(self) -> None:
+        """One round of `keep`. Raises StoreUnusable or Unavailable."""
+        await self._renew_all()
+        await self._clean_up()
 
     async def _renew_all(self) -> None:
         asked = self._clock()
@@ -1022,7 +1026,7 @@ class _Batch:
         for row, (amount, lease_id) in zip(self._opened, self._holds, strict=True):
             rows.append((*row[:-2], expires_ms, row[-1]))
             if amount:
-                hold = f"user:{row[4]}:hold"
+                hold = ledger.user_hold(row[4])
                 pends.append(
                     Pend(row[3], "hold", hold, "escrow:request", amount, expires_ms, parent=lease_id, holder=row[2])
                 )
@@ -1123,30 +1127,25 @@ async def _settle(
 
 
 def _post(settlement: _Settlement) -> Command:
-    pending = hold_id_of(settlement.work_id, settlement.epoch) if settlement.journalled else settlement.lease_id
-    return Post(
-        f"work:{settlement.work_id}:{settlement.epoch}", pending, "work", _legs(settlement), close=settlement.journalled
-    )
-
-
-def _legs(settlement: _Settlement) -> tuple[tuple[str, int], ...]:
     leaf = settlement.leaf
     cost = charge(settlement.server.row, Usage(leaf.input_tokens, leaf.cached_tokens, leaf.output_tokens))
-    legs = (
-        (f"provider:{settlement.server.owner_id}:earned_held", cost.node),
-        ("network:fees", cost.network),
-        ("audit:pool", cost.audit),
-        ("failover:reserve", cost.reserve),
+    pending_id = hold_id_of(settlement.work_id, settlement.epoch) if settlement.journalled else settlement.lease_id
+    return ledger.settlement(
+        settlement.work_id,
+        settlement.epoch,
+        pending_id,
+        cost,
+        settlement.server.owner_id,
+        close=settlement.journalled,
     )
-    return tuple(leg for leg in legs if leg[1])
 
 
 def _write_off(settlement: _Settlement) -> Command:
     pay = settlement.leaf.pay_nanocredits
     return Transfer(
-        f"work:{settlement.work_id}:{settlement.epoch}:loss",
+        ledger.settlement_id(settlement.work_id, settlement.epoch) + ":loss",
         "loss",
-        (("loss", -pay), (f"provider:{settlement.server.owner_id}:earned_held", pay)),
+        (("loss", -pay), (ledger.provider_held(settlement.server.owner_id), pay)),
         memo="settled after its lease had ended",
     )
 
