@@ -13,7 +13,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Collection, Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from gridmill.network.accounts import Accounts, KeyId
 from gridmill.network.metering import PriceRow
@@ -25,9 +25,11 @@ from gridmill.wire.codec import clip
 from gridmill.wire.link import Arrived, Closed, Opened, Proven, Reason
 from gridmill.wire.messages import (
     Accept,
+    AnyMessage,
     Cancel,
     Chunk,
     ClassOffer,
+    Countersigned,
     Credit,
     Drain,
     Emission,
@@ -51,6 +53,26 @@ STREAM_CREDIT_IDS = 256  # what one slow reader can make a node run ahead; a sec
 CREDIT_GRANT_IDS_MIN = 64  # granting in quarters keeps Credit frames rare without ever starving a stream
 FETCH_TIMEOUT_SECONDS = 120.0  # 64 MiB at 5 Mbit/s; slower nodes try again at their next join
 OFFERS_PER_NODE_MAX = 64
+
+
+class Receipts(Protocol):
+    """What a desk for receipts wants to hear of nodes (`receipts.Desk`). None of it blocks."""
+
+    def joined(self, node_id: NodeId) -> None: ...
+
+    def left(self, node_id: NodeId) -> None: ...
+
+    def countersigned(self, node_id: NodeId, message: Countersigned) -> None: ...
+
+
+class NoReceipts:
+    """For a network that keeps none, such as a test's."""
+
+    def joined(self, node_id: NodeId) -> None: ...
+
+    def left(self, node_id: NodeId) -> None: ...
+
+    def countersigned(self, node_id: NodeId, message: Countersigned) -> None: ...
 
 
 class LinkLost(Exception):
@@ -313,6 +335,9 @@ class NodeLink:
                 if self.record is not None:
                     self._links.registry.drain(self.record)
                     log.info("node drains", extra={"node": self.record.node_id})
+            case Arrived(message=Countersigned() as said):
+                if self.record is not None and self._links.find(self.record.node_id) is self:
+                    self._links.receipts.countersigned(self.record.node_id, said)
             case Proven() as proven:
                 self._links.judge(self, proven)
             case Opened():
@@ -355,8 +380,10 @@ class Links:
         invite_only: bool,
         own_nodes: Collection[NodeId] = (),
         spawn: Callable[[Coroutine[Any, Any, None]], None],
+        receipts: Receipts | None = None,
     ) -> None:
         self.registry = registry
+        self.receipts: Receipts = receipts or NoReceipts()
         self._accounts = accounts
         self._texts = texts
         self._text_folder = text_folder
@@ -385,6 +412,14 @@ class Links:
 
     def find(self, node_id: NodeId) -> NodeLink | None:
         return self._by_node.get(node_id)
+
+    def send(self, node_id: NodeId, message: AnyMessage) -> bool:
+        """Hands a message to a node that is here; False when it is not."""
+        node_link = self._by_node.get(node_id)
+        if node_link is None or not node_link.conversation.link.at_work:
+            return False
+        node_link.conversation.send(message)
+        return True
 
     async def converse(self, conversation: Conversation) -> None:
         """Runs one node's conversation to its end."""
@@ -418,6 +453,7 @@ class Links:
     def opened(self, node_link: NodeLink) -> None:
         assert node_link.record is not None
         log.info("node joined", extra={"node": node_link.record.node_id, "owner": node_link.record.owner_id})
+        self.receipts.joined(node_link.record.node_id)
 
     def closed(self, node_link: NodeLink, closed: Closed) -> None:
         self._all.discard(node_link)
@@ -426,6 +462,7 @@ class Links:
         if record is not None:
             if self._by_node.get(record.node_id) is node_link:
                 del self._by_node[record.node_id]
+                self.receipts.left(record.node_id)
             self.registry.leave(record)
         log.info(
             "node left",

@@ -285,9 +285,11 @@ class Outbox:
                 return Countersignature(*name, known[1], known[2])
             return self._disputes(None, signed, f"this node has signed another statement with seq {said.seq}")
         before = _statement_before(connection, chain, signed)
-        last = connection.execute("SELECT seq FROM chains WHERE chain = ?", (chain,)).fetchone()
-        if before is None and last is not None:
-            return Countersignature(*name, b"", MISSING)
+        if (
+            before is None
+            and connection.execute("SELECT 1 FROM statements WHERE chain = ? LIMIT 1", (chain,)).fetchone()
+        ):
+            return Countersignature(*name, b"", MISSING)  # also after a dispute: what follows it stands on it
         problem = _totals_problem(before, signed)
         unrecorded: list[str] = []
         salts: list[bytes] = []

@@ -566,9 +566,14 @@ class Link:
         return self.state is State.READY and len(self._streams) < codec.STREAMS_OPEN_MAX
 
     @property
+    def at_work(self) -> bool:
+        """Whether messages of the work phase may be sent: after the greeting, and until the link closes."""
+        return self.state in (State.READY, State.DRAINING)
+
+    @property
     def can_fetch(self) -> bool:
         """Network: whether a Fetch may be sent now. One that is never answered stays open as long as the link."""
-        return self.state in (State.READY, State.DRAINING) and len(self._transfers) < codec.TRANSFERS_OPEN_MAX
+        return self.at_work and len(self._transfers) < codec.TRANSFERS_OPEN_MAX
 
     def next_stream(self) -> int:
         """Network: the number for the next Offer."""
