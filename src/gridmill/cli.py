@@ -112,6 +112,19 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_settings(models, ClientSettings, leave_out={"model", "system", "temperature", "max_tokens", "seed"})
 
+    quote = add_command(
+        commands,
+        "quote",
+        _quote,
+        "say what a request would cost",
+        "Shows what would be held for a request and what it costs when all of its tokens are used. Asks no node.",
+    )
+    quote.add_argument("model", metavar="MODEL", help="model name")
+    count = quote.add_mutually_exclusive_group(required=True)
+    count.add_argument("--prompt", metavar="TEXT", help="count the tokens of this, as one chat message")
+    count.add_argument("--input-tokens", metavar="N", type=int, help="a prompt of so many tokens")
+    _add_settings(quote, ClientSettings, leave_out={"model", "system", "temperature", "seed"})
+
     add_operator_commands(commands)
     return parser
 
@@ -274,6 +287,17 @@ def _models(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
     from gridmill.client import load_client_settings, run_models
 
     return _client(run_models(load_client_settings(_flags(arguments), environ, known_settings()), sys.stdout))
+
+
+def _quote(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    from gridmill.client import load_client_settings, run_quote
+    from gridmill.network.credits import show_credits
+
+    given = {"prompt": arguments.prompt, "input_tokens": arguments.input_tokens}
+    del arguments.prompt, arguments.input_tokens
+    settings = load_client_settings(_flags(arguments), environ, known_settings())
+    counted = {name: value for name, value in given.items() if value is not None}
+    return _client(run_quote(settings, counted, show_credits, sys.stdout))
 
 
 def _client(work: Coroutine[Any, Any, int]) -> int:

@@ -128,6 +128,12 @@ class Client:
             await _checked(response)
             return list((await response.json())["data"])
 
+    async def quote(self, **asked: Any) -> dict[str, Any]:
+        """What a request would hold and cost, in nanocredits. Raises ClientError."""
+        async with self._request("POST", "/quote", json=asked) as response:
+            await _checked(response)
+            return dict(await response.json())
+
     async def chat(self, messages: list[dict[str, str]], model: str, show: Callable[[str], None]) -> Answer:
         """Streams one answer; `show` gets each piece of text as it comes. Raises ClientError."""
         settings = self._settings
@@ -204,6 +210,43 @@ async def run_models(settings: ClientSettings, out: TextIO) -> int:
         else "No model is served yet: start a node with `gridmill node --network URL --model NAME`.",
         file=out,
     )
+    return 0
+
+
+async def run_quote(
+    settings: ClientSettings, counted: Mapping[str, Any], show_credits: Callable[[int], str], out: TextIO
+) -> int:
+    """`counted` is input_tokens or prompt."""
+    async with Client(settings) as client:
+        quote = await client.quote(model=settings.model, max_tokens=settings.max_tokens, **counted)
+    if settings.json:
+        print(json.dumps(quote), file=out)
+        return 0
+    print(f"{quote['input_tokens']} tokens in, at most {quote['max_tokens']} out, for {quote['model']}", file=out)
+    if not quote["offers"]:
+        print("No node serves it at the moment.", file=out)
+    elif not quote["hold_nanocredits"]:
+        print("It costs nothing.", file=out)
+    else:
+        print(
+            f"held when it begins: {show_credits(quote['hold_nanocredits'])} credits; with all tokens used at the "
+            f"cheapest node it costs {show_credits(quote['least_nanocredits'])}. "
+            f"Your account has {show_credits(quote['available_nanocredits'])}.\n\n"
+            + table(
+                ("NODES", "INPUT", "CACHED", "OUTPUT", "FEE", "AT MOST"),
+                [
+                    (
+                        str(offer["nodes"]),
+                        *(str(offer[f"{kind}_nanocredits"]) for kind in ("input", "cached_input", "output")),
+                        f"{offer['fee_basis_points'] / 100:g} %",
+                        show_credits(offer["most_nanocredits"]),
+                    )
+                    for offer in quote["offers"]
+                ],
+            )
+            + "\n(nanocredits per token; credits at most)",
+            file=out,
+        )
     return 0
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from databases import Database
 from gridmill.network import accounts, registry
 from gridmill.network.accounts import Account, Accounts, KeyId, UnknownAccount, UnknownKey
 from gridmill.network.operator import MIGRATIONS
-from gridmill.network.store import SqliteStore, Store, StoreUnusable
+from gridmill.network.store import Store, StoreUnusable
 
 NOW = 1000.0
 
@@ -22,16 +23,21 @@ class Clock:
         return self.now
 
 
-def with_accounts(path: Path, body: Callable[[Accounts], Awaitable[None]]) -> None:
+def sqlite(folder: Path) -> Database:
+    """Where what is tested is not in SQL."""
+    return Database("sqlite", str(folder / "a.sqlite"))
+
+
+def with_accounts(database: Database, body: Callable[[Accounts], Awaitable[None]]) -> None:
     async def with_store(store: Store) -> None:
         await body(await loaded(store))
 
-    with_store_at(path, with_store)
+    with_store_at(database, with_store)
 
 
-def with_store_at(path: Path, body: Callable[[Store], Awaitable[None]]) -> None:
+def with_store_at(database: Database, body: Callable[[Store], Awaitable[None]]) -> None:
     async def run() -> None:
-        store = SqliteStore(path, wall_clock=lambda: NOW)
+        store = database.store(wall_clock=lambda: NOW)
         await store.open(MIGRATIONS)
         try:
             await body(store)
@@ -52,7 +58,7 @@ async def loaded(
     return made
 
 
-def test_a_created_key_authenticates_now_and_after_a_restart(tmp_path: Path) -> None:
+def test_a_created_key_authenticates_now_and_after_a_restart(database: Database) -> None:
     kept: list[tuple[Account, str]] = []
 
     async def create(made: Accounts) -> None:
@@ -67,11 +73,11 @@ def test_a_created_key_authenticates_now_and_after_a_restart(tmp_path: Path) -> 
         account, secret = kept[0]
         assert made.authenticate(secret) == account
 
-    with_accounts(tmp_path / "a.sqlite", create)
-    with_accounts(tmp_path / "a.sqlite", again)
+    with_accounts(database, create)
+    with_accounts(database, again)
 
 
-def test_a_revoked_key_is_refused_at_once_and_stays_refused(tmp_path: Path) -> None:
+def test_a_revoked_key_is_refused_at_once_and_stays_refused(database: Database) -> None:
     kept: list[str] = []
 
     async def revoke(made: Accounts) -> None:
@@ -88,8 +94,8 @@ def test_a_revoked_key_is_refused_at_once_and_stays_refused(tmp_path: Path) -> N
         assert made.authenticate(kept[0]) is None
         assert made.authenticate(kept[1]) is not None
 
-    with_accounts(tmp_path / "a.sqlite", revoke)
-    with_accounts(tmp_path / "a.sqlite", again)
+    with_accounts(database, revoke)
+    with_accounts(database, again)
 
 
 def test_the_files_on_disk_do_not_hold_the_key(tmp_path: Path) -> None:
@@ -100,7 +106,7 @@ def test_the_files_on_disk_do_not_hold_the_key(tmp_path: Path) -> None:
         assert secret.encode() not in held
         assert secret.removeprefix(accounts.KEY_PREFIX).encode() not in held
 
-    with_accounts(tmp_path / "a.sqlite", create)
+    with_accounts(sqlite(tmp_path), create)
 
 
 @pytest.mark.parametrize("wrong", ["", "gm-", "gm-" + "a" * 43, "Bearer", "\ud800", "x" * 100_000])
@@ -110,7 +116,7 @@ def test_keys_that_were_never_made_are_refused(tmp_path: Path, wrong: str) -> No
         assert made.authenticate(wrong) is None
         assert "not known" in made.why_not(wrong)
 
-    with_accounts(tmp_path / "a.sqlite", body)
+    with_accounts(sqlite(tmp_path), body)
 
 
 @pytest.mark.parametrize("name", ["", "   ", "a\nb", "x" * 101])
@@ -121,7 +127,7 @@ def test_unusable_names_are_refused(tmp_path: Path, name: str) -> None:
         with pytest.raises(ValueError, match="name"):
             await made.create_account(name)
 
-    with_accounts(tmp_path / "a.sqlite", body)
+    with_accounts(sqlite(tmp_path), body)
 
 
 @pytest.mark.parametrize(
@@ -146,10 +152,10 @@ def test_limits_that_cannot_be_are_refused(tmp_path: Path, wrong: dict[str, obje
             await made.create("alice", **wrong)  # type: ignore[arg-type]
         assert made.rows() == []
 
-    with_accounts(tmp_path / "a.sqlite", body)
+    with_accounts(sqlite(tmp_path), body)
 
 
-def test_a_key_carries_its_limits_and_several_scopes_in_one_order(tmp_path: Path) -> None:
+def test_a_key_carries_its_limits_and_several_scopes_in_one_order(database: Database) -> None:
     async def body(made: Accounts) -> None:
         row, secret = await made.create(
             "ci",
@@ -165,10 +171,10 @@ def test_a_key_carries_its_limits_and_several_scopes_in_one_order(tmp_path: Path
         assert (account.requests_per_minute, account.cost_per_minute_nanocredits) == (60, 7)
         assert not account.has_budget
 
-    with_accounts(tmp_path / "a.sqlite", body)
+    with_accounts(database, body)
 
 
-def test_a_budget_is_a_row_that_the_ledger_counts_in(tmp_path: Path) -> None:
+def test_a_budget_is_a_row_that_the_ledger_counts_in(database: Database) -> None:
     async def body(store: Store) -> None:
         made = await loaded(store)
         row, secret = await made.create("ci", budget_nanocredits=5)
@@ -179,10 +185,10 @@ def test_a_budget_is_a_row_that_the_ledger_counts_in(tmp_path: Path) -> None:
         again = (await loaded(store)).authenticate(secret)
         assert again == account
 
-    with_store_at(tmp_path / "a.sqlite", body)
+    with_store_at(database, body)
 
 
-def test_why_a_key_does_not_work_is_said_in_one_sentence(tmp_path: Path) -> None:
+def test_why_a_key_does_not_work_is_said_in_one_sentence(database: Database) -> None:
     async def body(store: Store) -> None:
         clock = Clock()
         made = await loaded(store, clock)
@@ -199,10 +205,10 @@ def test_why_a_key_does_not_work_is_said_in_one_sentence(tmp_path: Path) -> None
         await made.unfreeze("frozen")
         assert made.authenticate(frozen) is not None
 
-    with_store_at(tmp_path / "a.sqlite", body)
+    with_store_at(database, body)
 
 
-def test_keys_of_one_account_are_frozen_together_and_others_are_not(tmp_path: Path) -> None:
+def test_keys_of_one_account_are_frozen_together_and_others_are_not(database: Database) -> None:
     async def body(store: Store) -> None:
         gone: list[KeyId] = []
         made = await loaded(store, revoked=gone.extend)
@@ -217,10 +223,10 @@ def test_keys_of_one_account_are_frozen_together_and_others_are_not(tmp_path: Pa
         frozen = (await made.freeze("laptop")).frozen_seconds  # again, by the name of a key
         assert frozen == NOW
 
-    with_store_at(tmp_path / "a.sqlite", body)
+    with_store_at(database, body)
 
 
-def test_an_account_is_found_by_what_names_it_alone(tmp_path: Path) -> None:
+def test_an_account_is_found_by_what_names_it_alone(database: Database) -> None:
     async def body(made: Accounts) -> None:
         acme = await made.create_account("acme")
         key, _ = await made.create("laptop", account="acme")
@@ -235,14 +241,12 @@ def test_an_account_is_found_by_what_names_it_alone(tmp_path: Path) -> None:
         with pytest.raises(UnknownAccount):
             await made.create("key", account="nobody")
 
-    with_accounts(tmp_path / "a.sqlite", body)
+    with_accounts(database, body)
 
 
-def test_keys_from_before_accounts_become_members_of_accounts(tmp_path: Path) -> None:
-    path = tmp_path / "a.sqlite"
-
+def test_keys_from_before_accounts_become_members_of_accounts(database: Database) -> None:
     async def before() -> None:
-        store = SqliteStore(path, wall_clock=lambda: NOW)
+        store = database.store()
         await store.open((accounts.MIGRATION, registry.MIGRATION))
         digest = accounts.hashlib.sha256(b"gm-old").digest()
 
@@ -265,15 +269,18 @@ def test_keys_from_before_accounts_become_members_of_accounts(tmp_path: Path) ->
         ]
 
     asyncio.run(before())
-    with_accounts(path, after)
+    with_accounts(database, after)
 
 
 # ---------------------------------------------------------------- several gateways on one database
 
 
-def test_what_one_gateway_changed_reaches_another_without_a_restart(tmp_path: Path) -> None:
+def test_what_one_gateway_changed_reaches_another_without_a_restart(database: Database) -> None:
     async def body(store: Store) -> None:
-        here = await loaded(store)
+        elsewhere = database.store() if database.shared else store
+        if database.shared:
+            await elsewhere.open(MIGRATIONS)
+        here = await loaded(elsewhere)
         gone: asyncio.Queue[Collection[KeyId]] = asyncio.Queue(10)
         there = await loaded(store, revoked=gone.put_nowait)
         watching = asyncio.create_task(there.watch())
@@ -282,22 +289,26 @@ def test_what_one_gateway_changed_reaches_another_without_a_restart(tmp_path: Pa
                 row, secret = await here.create("alice")
                 other, _ = await here.create("bob", account="alice")
                 while there.authenticate(secret) is None:
-                    await asyncio.sleep(0)
+                    await asyncio.sleep(0.001)
                 await here.revoke("alice")
                 assert set(await gone.get()) == {row.key_id}
                 assert there.authenticate(secret) is None
                 await here.freeze("bob")
                 assert set(await gone.get()) == {other.key_id}
                 await here.revoke("bob")
-                await there.reload()
+                await here.unfreeze("alice")
+                while there.account(row.account_id).frozen_seconds is not None:
+                    await asyncio.sleep(0.001)
                 assert gone.empty(), "a key that did not work is not revoked twice"
         finally:
             watching.cancel()
+            if database.shared:
+                await elsewhere.close()
 
-    with_store_at(tmp_path / "a.sqlite", body)
+    with_store_at(database, body)
 
 
-def test_after_missed_announcements_everything_is_read_again(tmp_path: Path) -> None:
+def test_after_missed_announcements_everything_is_read_again(database: Database) -> None:
     async def body(store: Store) -> None:
         here = await loaded(store)
         _, secret = await here.create("alice")
@@ -316,10 +327,10 @@ def test_after_missed_announcements_everything_is_read_again(tmp_path: Path) -> 
         await there.reload()
         assert there.authenticate(secret) is None
 
-    with_store_at(tmp_path / "a.sqlite", body)
+    with_store_at(database, body)
 
 
-def test_changes_are_not_forgotten_when_the_database_fails_once(tmp_path: Path) -> None:
+def test_changes_are_not_forgotten_when_the_database_fails_once(database: Database) -> None:
     async def body(store: Store) -> None:
         here = await loaded(store)
         _, secret = await here.create("alice")
@@ -346,10 +357,10 @@ def test_changes_are_not_forgotten_when_the_database_fails_once(tmp_path: Path) 
         await there.reload()
         assert there.authenticate(secret) is None
 
-    with_store_at(tmp_path / "a.sqlite", body)
+    with_store_at(database, body)
 
 
-def test_a_node_is_noted_once_for_each_account_that_it_came_with(tmp_path: Path) -> None:
+def test_a_node_is_noted_once_for_each_account_that_it_came_with(database: Database) -> None:
     async def body(store: Store) -> None:
         made = await loaded(store)
         first, _ = await made.create("first", "node")
@@ -364,4 +375,4 @@ def test_a_node_is_noted_once_for_each_account_that_it_came_with(tmp_path: Path)
             (third.account_id, "node-1", third.key_id),
         }
 
-    with_store_at(tmp_path / "a.sqlite", body)
+    with_store_at(database, body)

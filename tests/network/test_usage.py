@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 
 import pytest
 
+from databases import Database
 from gridmill.network import usage
-from gridmill.network.store import SqliteStore, Store
-from gridmill.network.usage import Span, UsageRow
+from gridmill.network.operator import MIGRATIONS
+from gridmill.network.store import Store, Transaction
+from gridmill.network.usage import Earned, Span, UsageRow
+
+EVER = Span(0, 30_000)
 
 
 def used(key: str = "k1", model: str = "demo", day: int = 20_778, account: str = "a1", n: int = 1) -> UsageRow:
     return UsageRow(account, key, model, day, n, 10 * n, 3 * n, 5 * n, 100 * n)
 
 
-def with_store(path: Path, body: Callable[[Store], Awaitable[None]]) -> None:
+def with_store(database: Database, body: Callable[[Store], Awaitable[None]]) -> None:
     async def run() -> None:
-        store = SqliteStore(path / "a.sqlite", wall_clock=lambda: 0.0)
-        await store.open((usage.MIGRATION,))
+        store = database.store()
+        await store.open(MIGRATIONS)
         try:
             await body(store)
         finally:
@@ -29,26 +32,57 @@ def with_store(path: Path, body: Callable[[Store], Awaitable[None]]) -> None:
     asyncio.run(run())
 
 
-def test_usage_of_one_day_adds_up_within_and_over_transactions(tmp_path: Path) -> None:
+def test_usage_of_one_day_adds_up_within_and_over_transactions(database: Database) -> None:
     async def body(store: Store) -> None:
         for rows in ([used(), used(n=2), used("k2")], [used(n=4)], []):
             await store.run(lambda tx, rows=rows: usage.add(tx, rows))  # type: ignore[misc]
-        assert await store.run(lambda tx: usage.read(tx, "a1", Span(0, 30_000))) == [used(n=7), used("k2")]
+        assert await store.run(lambda tx: usage.read(tx, "a1", EVER)) == [used(n=7), used("k2")]
 
-    with_store(tmp_path, body)
+    with_store(database, body)
 
 
-def test_an_account_sees_its_own_usage_between_two_days_both_included(tmp_path: Path) -> None:
+def test_an_account_sees_its_own_usage_between_two_days_both_included(database: Database) -> None:
     async def body(store: Store) -> None:
         days = [20, 21, 51, 52]
         rows = [used(day=day, account=account) for day in days for account in ("a1", "a2")]
         await store.run(lambda tx: usage.add(tx, rows))
         found = await store.run(lambda tx: usage.read(tx, "a1", Span(21, 51)))
         assert found == [used(day=day) for day in days[1:3]]
-        assert len(await store.run(lambda tx: usage.read(tx, "a1", Span(0, 30_000)))) == 4
-        assert len(await store.run(lambda tx: usage.read(tx, None, Span(0, 30_000)))) == 8
+        assert len(await store.run(lambda tx: usage.read(tx, "a1", EVER))) == 4
+        assert len(await store.run(lambda tx: usage.read(tx, None, EVER))) == 8
 
-    with_store(tmp_path, body)
+    with_store(database, body)
+
+
+def test_an_account_sees_what_nodes_earned_that_joined_with_its_keys(database: Database) -> None:
+    async def body(store: Store) -> None:
+        async def prepare(tx: Transaction) -> None:
+            for node, account in (("node-1", "a1"), ("node-2", "a2"), ("node-3", "a1")):
+                await tx.do("INSERT INTO node_keys VALUES (?, ?, 'key-1', 5)", node, account)
+            columns = (
+                *("chain", "node_id", "class_id", "period_start_seconds", "period_seconds", "network_key", "node_key"),
+                *("seq", "input_tokens", "cached_tokens", "output_tokens", "pay_nanocredits", "head"),
+                "countersigned_seq",
+            )
+            await tx.append(
+                "receipt_counters",
+                columns,
+                [
+                    (b"1", "node-1", "c", 86_400, 86_400, b"", b"", 7, 10, 3, 5, 100, b"", 7),
+                    (b"2", "node-2", "c", 86_400, 86_400, b"", b"", 7, 10, 3, 5, 100, b"", 7),
+                    (b"3", "node-3", "c", 86_400, 86_400, b"", b"", 7, 20, 6, 10, 200, b"", 6),
+                    (b"4", "node-3", "c", 3 * 86_400, 86_400, b"", b"", 7, 20, 6, 10, 200, b"", 7),
+                ],
+            )
+
+        await store.run(prepare)
+        assert await store.run(lambda tx: usage.earned(tx, "a1", Span(1, 2))) == [
+            Earned("node-1", "c", 86_400, 86_400, 10, 3, 5, 100, True),
+            Earned("node-3", "c", 86_400, 86_400, 20, 6, 10, 200, False),
+        ]
+        assert len(await store.run(lambda tx: usage.earned(tx, "a1", Span(1, 3)))) == 3
+
+    with_store(database, body)
 
 
 @pytest.mark.parametrize(
