@@ -84,7 +84,7 @@ class NoRoom(Fault):
 
 
 class Enough(Exception):
-    """Raised by `emit`: the answer is complete after `keep` output ids (a stop string was found)."""
+    """Raised by `emit`: the answer is complete after `keep` of the ids emitted (a stop string was found)."""
 
     def __init__(self, keep: int) -> None:
         super().__init__(keep)
@@ -213,7 +213,7 @@ class Dispatcher:
 
     async def _place(self, work: Generate, order: Order, excluded: set[NodeId], failure: _Refused | None) -> NodeLink:
         class_id = ClassId(work.class_id)
-        prompt_tokens = len(work.prompt) // 4
+        start = len(work.delivered) // 4
         deadline = self._clock() + self._queue_timeout_seconds
         first_look = True
         while True:
@@ -225,8 +225,8 @@ class Dispatcher:
             ahead = first_look and bool(self._waiting.get(class_id))
             found = scheduler.place(
                 class_id,
-                prompt_tokens,
-                work.sampling.max_tokens,
+                order.input_tokens,
+                work.sampling.max_tokens - start,
                 self._registry.snapshot(),
                 excluded=excluded,
                 affordable_nanocredits=order.amount,
@@ -327,7 +327,12 @@ class _Run:
         self._books = books
         self._observer = observer
         self._clock = clock
-        self._prompt_tokens = len(work.prompt) // 4
+        # What an earlier run of the same answer delivered was charged then, its prompt with it: `input_tokens` of the
+        # order are those that this run still has to pay.
+        self._start = order.start = len(work.delivered) // 4
+        self._input_tokens = order.input_tokens
+        self._tokens_read = len(work.prompt) // 4 + self._start
+        order.epoch = work.epoch
         self.excluded: set[NodeId] = set()
         self.node_ids: list[NodeId] = []
 
@@ -351,7 +356,7 @@ class _Run:
             await self._accepted(stream)
             accepted = self._clock()
             server = Server(record.node_id, record.node_key, record.owner_id, row)
-            self._books.serve(order, server, work.prompt, work.salt, cached_tokens)
+            self._books.serve(order, server, work.prompt, work.salt, min(cached_tokens, self._input_tokens))
             placed(record.node_id)
             first_token = 0.0
             before = 0
@@ -372,23 +377,23 @@ class _Run:
                 node_link.grant(stream, count)
         except Enough as enough:
             keep = min(enough.keep, order.count)
-            node_link.cancel(stream, keep)
+            node_link.cancel(stream, self._start + keep)
             await self._last_word(stream)
             return self._settled("stop", keep, stream, record)
         except LinkLost as lost:
             raise self._failure("node_lost", f"the node was lost ({lost})", forfeits=not record.draining) from None
         except NodeSilent:
-            node_link.cancel(stream, order.count)
+            node_link.cancel(stream, self._start + order.count)
             raise self._failure("node_stalled", f"the node sent nothing for {STALL_TIMEOUT_SECONDS:.0f} s") from None
         except (_Refused, CallerFault):
             node_link.cancel(stream)
             raise
         except NodeFault:
-            node_link.cancel(stream, before)  # `emit` could not read the last ids: nobody was given them
+            node_link.cancel(stream, self._start + before)  # `emit` could not read the last ids: nobody was given them
             self._settle(Usage(0, 0, before), "failed", None)
             raise
         except BaseException:
-            node_link.cancel(stream, order.count)
+            node_link.cancel(stream, self._start + order.count)
             if order.server is not None:
                 self._settle_when_claimed(self._left_after(self._clock() - accepted, record, class_id), stream)
             raise
@@ -396,7 +401,7 @@ class _Run:
             self._registry.observe(
                 record,
                 class_id,
-                prefill_tokens=self._prompt_tokens - max(cached_tokens, self._claimed_cached(stream.end)),
+                prefill_tokens=self._tokens_read - max(cached_tokens, self._claimed_cached(stream.end)),
                 ttft_seconds=first_token - offered,
                 tokens=order.count - 1,
                 seconds=self._clock() - first_token,
@@ -417,7 +422,7 @@ class _Run:
 
     def _claimed_cached(self, end: End | None) -> int:
         """A hint for the speed of prefill, never for money."""
-        return min(end.cached_tokens, self._prompt_tokens) if end is not None else 0
+        return min(end.cached_tokens, self._tokens_read) if end is not None else 0
 
     async def _last_word(self, stream: NodeStream) -> None:
         """After a cancel the node's End brings its signature; a slow node is not awaited."""
@@ -437,7 +442,7 @@ class _Run:
             raise self._failure("node_cancelled", "the node stopped by itself", forfeits=not record.draining)
         if end.count != delivered:
             raise self._failure("count_disagrees", f"the node says {end.count} ids, {delivered} arrived")
-        if end.kind == "length" and delivered + len(work.delivered) // 4 != work.sampling.max_tokens:
+        if end.kind == "length" and self._start + delivered != work.sampling.max_tokens:
             raise self._failure("ended_early", "the node called the answer complete before it had its length")
         return self._settled(end.kind, delivered, stream, record)
 
@@ -447,11 +452,13 @@ class _Run:
         self, kind: Literal["stop", "length", "cancelled"], keep: int, stream: NodeStream, record: NodeRecord
     ) -> Outcome:
         order = self._order
-        used = Usage(self._prompt_tokens, order.cached_tokens, keep)
+        used = Usage(self._input_tokens, order.cached_tokens, keep)
         charged = self._settle(used, kind, stream.end)
         work = self._work
         answer = pack_ids(order.ids()[:keep])
-        record.sent.remember(ClassId(work.class_id), work.cache_salt, work.prompt + answer, self._clock())
+        record.sent.remember(
+            ClassId(work.class_id), work.cache_salt, work.prompt + work.delivered + answer, self._clock()
+        )
         return Outcome(kind, keep, order.cached_tokens, tuple(self.node_ids), charged)
 
     def _settle(self, used: Usage, finish: Finish, end: End | None) -> int:
@@ -474,9 +481,9 @@ class _Run:
         """A caller who leaves pays the prompt once an id was made, before that what can have been computed of it."""
         order = self._order
         if order.count:
-            return Usage(self._prompt_tokens, order.cached_tokens, order.count)
+            return Usage(self._input_tokens, order.cached_tokens, order.count)
         rate = record.prefill_speed.get(class_id, 0.0)
-        computed = min(self._prompt_tokens, order.cached_tokens + int(seconds * rate))
+        computed = min(self._input_tokens, order.cached_tokens + int(seconds * rate))
         return Usage(computed, min(order.cached_tokens, computed), 0)
 
     def _failure(self, code: str, detail: str, *, forfeits: bool = True) -> Exception:
@@ -486,6 +493,6 @@ class _Run:
             self._books.unserve(order)
             return _Refused(code, detail)
         if order.server is not None:
-            used = Usage(0 if forfeits else self._prompt_tokens, 0 if forfeits else order.cached_tokens, order.count)
+            used = Usage(0 if forfeits else self._input_tokens, 0 if forfeits else order.cached_tokens, order.count)
             self._settle(used, "failed", None)
         return NodeFault(code, detail)
