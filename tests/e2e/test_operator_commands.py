@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from programs import Place, gridmill, place, run
+from programs import Place, Stream, gridmill, place, run, until
+
+from databases import Database
 
 
 @pytest.fixture
@@ -20,17 +24,18 @@ def here(tmp_path: Path) -> Iterator[Place]:
 class Desk:
     """Commands on one data folder."""
 
-    def __init__(self, data: Path) -> None:
+    def __init__(self, data: Path, **environment: str) -> None:
         self.data = data
+        self.environment = environment
 
     def text(self, *arguments: str) -> str:
-        return gridmill(*arguments, "--data", self.data)
+        return gridmill(*arguments, "--data", self.data, **self.environment)
 
     def json(self, *arguments: str) -> Any:
-        return json.loads(gridmill(*arguments, "--json", "--data", self.data))
+        return json.loads(self.text(*arguments, "--json"))
 
     def refused(self, code: int, *arguments: str) -> str:
-        done = run(*arguments, "--data", self.data)
+        done = run(*arguments, "--data", self.data, **self.environment)
         assert done.returncode == code, (done.stdout, done.stderr)
         assert done.stderr.count("\n") == 1, "one sentence"
         return done.stderr
@@ -55,15 +60,23 @@ def test_books_are_kept_while_no_network_runs(tmp_path: Path) -> None:
     assert desk.text("ledger", "check") == "The books add up: 2 transfers with 4 entries, 2 accounts.\n"
 
 
-def test_a_ledger_that_does_not_add_up_is_exit_code_1(tmp_path: Path) -> None:
-    import sqlite3
+def test_with_postgresql_no_data_folder_is_needed(tmp_path: Path, postgres_database: Database) -> None:
+    desk = Desk(tmp_path / "nowhere", GRIDMILL_DATABASE=postgres_database.url)
+    desk.text("keys", "create", "ci", "--budget", "1.5")
+    assert desk.text("credit", "ci", "2.5") == "ci has 2.5 credits.\n"
+    assert "0 of 1.5" in desk.text("keys", "list")
+    assert desk.text("ledger", "check").startswith("The books add up: 1 transfers")
+    assert not desk.data.exists()
+    desk.environment.clear()
+    assert "does not exist" in desk.refused(2, "accounts", "list")
 
+
+def test_a_ledger_that_does_not_add_up_is_exit_code_1(tmp_path: Path) -> None:
     desk = Desk(tmp_path)
     desk.text("accounts", "create", "acme")
     desk.text("credit", "acme", "1")
-    with sqlite3.connect(tmp_path / "network.sqlite") as database:
+    with contextlib.closing(sqlite3.connect(tmp_path / "network.sqlite")) as database, database:
         database.execute("UPDATE entries SET amount = amount + 1 WHERE amount > 0")
-    database.close()
     done = run("ledger", "check", "--data", tmp_path)
     assert done.returncode == 1
     assert "problems in 1 transfers" in done.stdout
@@ -98,3 +111,21 @@ def test_a_running_network_hears_of_it_at_once_and_tells_what_a_request_costs(he
         if row["ledger_account"].startswith("provider:")
     ]
     assert sum(earned) < fee_payer <= made["hold_nanocredits"] and sum(earned) >= 5 * 400
+
+
+def test_freezing_an_account_ends_what_runs_with_its_keys(here: Place) -> None:
+    network = here.network()
+    here.node(network, "--engine", "echo", "--model", "gridmill/demo", "--echo-tokens-per-second", "20")
+    desk = Desk(here.folder / "network")
+    key, other = here.key("alice"), here.key("bob")
+    asked = {"model": "gridmill/demo", "prompt": "Hi", "max_tokens": 1000, "ignore_eos": True}
+    streams = [Stream(network.facts["base_url"], each, **asked) for each in (key, other)]
+    for stream in streams:
+        assert stream.event()
+    desk.text("accounts", "freeze", "alice")
+    (*_, last) = streams[0].events()
+    assert last["error"]["message"], "the last event says why"
+    until(lambda: desk.json("status")["works_running"] == 1)
+    assert streams[1].event(), "others go on"
+    for stream in streams:
+        stream.close()
