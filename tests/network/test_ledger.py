@@ -640,6 +640,41 @@ def test_gateways_at_the_same_time_spend_nothing_twice(database: Database) -> No
     asyncio.run(body())
 
 
+def test_a_retry_that_overtakes_the_first_call_sees_what_that_one_did(postgres_database: Database) -> None:
+    """The second call reads its pendings before the first commits, and its transfers after: it must see both."""
+
+    async def body() -> None:
+        store = postgres_database.store(wall_clock=Clock())
+        await store.open([ledger.MIGRATION])
+        lease = Pend("L", "lease", "user:a:available", "user:a:hold", 50, 10**15, key_id="k")
+        hold = Pend("H", "hold", "user:a:hold", "escrow:request", 20, 10**15, parent="L")
+
+        async def prepare(transaction: Transaction) -> list[Result]:
+            return await apply(transaction, [credit("a", 100, "c"), lease])
+
+        async def first(transaction: Transaction) -> list[Result]:
+            results = await apply(transaction, [hold, Void("v", "L")])
+            began.set()
+            while not await transaction.one("SELECT 1 FROM pg_locks WHERE NOT granted"):
+                pass  # each look is a round trip to a server that has something else to do meanwhile
+            return results
+
+        async def second(transaction: Transaction) -> list[Result]:
+            return await apply(transaction, [hold, Post("p", "H", "work", (), close=True)])
+
+        began = asyncio.Event()
+        await store.run(prepare)
+        slow = asyncio.create_task(store.run(first))
+        await began.wait()
+        assert await store.run(second) == [Done(20, repeated=True), Done(0)]
+        assert await slow == [Done(20), Done(30)]
+        assert await store.run(lambda tx: ledger.balance(tx, "user:a:available")) == 100
+        assert await store.run(check) == []
+        await store.close()
+
+    asyncio.run(body())
+
+
 def test_one_command_sent_many_times_at_once_happens_once(database: Database) -> None:
     async def body() -> None:
         store = database.store(wall_clock=Clock())
