@@ -329,3 +329,23 @@ def test_a_keys_budget_limits_its_slice_and_not_the_account(database: Database) 
         assert await world.balance("user:alice:available") == 9 * COST
 
     play(database, body)
+
+
+def test_a_work_that_another_gateway_has_settled_is_not_settled_again(postgres_database: Database) -> None:
+    async def body(world: World) -> None:
+        await world.credit(10 * COST)
+        async with world.gateway("gateway-1") as slow, world.gateway("gateway-2") as other:
+            order = await admitted(slow)
+            begin(slow, order)
+            order.deliver((1, 2))
+            await journalled(world, 2)
+            await asyncio.sleep(LEASE_SECONDS + 0.5)  # nobody renews: `keep` does not run here
+            await other.keep_once()
+            order.deliver((3,))
+            slow.settle(order, Usage(10, 0, 3), "stop")
+        assert await world.balance("user:alice:available") == 10 * COST - most(ROW, 10, 2)
+        assert await world.balance("provider:owner-1:earned_held") == 10 * 50 + 2 * 400
+        assert await world.count("SELECT SUM(requests) FROM usage_days") == 1
+        assert await world.count("SELECT COUNT(*) FROM receipt_leaves") == 1
+
+    play(postgres_database, body)
