@@ -24,9 +24,11 @@ from gridmill.network.control import Command, ControlError, FolderLock, NotRunni
 from gridmill.network.credits import show_credits
 from gridmill.network.dispatch import Dispatcher
 from gridmill.network.links import Links
+from gridmill.network.receipts_export import Exporter
 from gridmill.network.registry import Registry, UnknownModel
 from gridmill.network.store import Store, Transaction, store_at
 from gridmill.network.usage import DAY_SECONDS
+from gridmill.wire.identity import Identity
 
 # Append-only, in this order: databases remember how many of them they have.
 MIGRATIONS = (
@@ -67,6 +69,7 @@ class Operations:
         base_url: str = "",
         local_url: str = "",
         network_key: str = "",
+        identity: Identity | None = None,
         now: Callable[[], float] = time.time,
     ) -> None:
         self._accounts = accounts
@@ -77,6 +80,7 @@ class Operations:
         self._base_url = base_url
         self.local_url = local_url
         self._network_key = network_key
+        self._exporter = Exporter(store, identity)
         self._now = now
 
     def commands(self) -> dict[str, Command]:
@@ -97,6 +101,8 @@ class Operations:
             "classes.list": self.classes_list,
             "classes.approve": self.classes_approve,
             "classes.withdraw": self.classes_withdraw,
+            "receipts.export": self.receipts_export,
+            "receipts.show": self.receipts_show,
             "status": self.status,
         }
 
@@ -318,6 +324,26 @@ class Operations:
             ) from problem
         return {"name": name, "class_id": full}
 
+    # ------------------------------------------------------------ receipts
+
+    async def receipts_export(
+        self,
+        node: str = "",
+        account: str = "",
+        period: int = -1,
+        with_salts: bool = False,
+        cursor: list[Any] | None = None,
+    ) -> dict[str, Any]:
+        """One page of lines for a file, and where the next begins (null after the last)."""
+        account_id = (await self._find(account)).account_id if account else ""
+        lines, following = await self._exporter.page(
+            node_id=node, account_id=account_id, period=period, with_salts=with_salts, cursor=cursor
+        )
+        return {"lines": lines, "cursor": following}
+
+    async def receipts_show(self, work_id: str) -> list[dict[str, Any]]:
+        return await self._exporter.show(work_id)
+
     async def status(self) -> dict[str, Any]:
         snapshot = self._registry.snapshot()
         names: dict[str, list[str]] = {}
@@ -385,7 +411,10 @@ async def _operate_offline(folder: Path, database: str | None, command: str, arg
             registry = Registry(store, approve="operator", now=time.time)
             await accounts.load()
             await registry.load()
-            return await Operations(accounts, registry, store=store).commands()[command](**arguments)
+            key = folder / "network.key"
+            identity = Identity.load_or_create(key) if key.exists() else None
+            operations = Operations(accounts, registry, store=store, identity=identity)
+            return await operations.commands()[command](**arguments)
         finally:
             await store.close()
 

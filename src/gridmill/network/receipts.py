@@ -103,7 +103,7 @@ MISSING = "missing"  # a node's remark: it lacks leaves before these, and they s
 
 Send = Callable[[NodeId, AnyMessage], bool]
 
-_COUNTER = (
+COUNTER_COLUMNS = (
     "chain, node_id, class_id, period_start_seconds, period_seconds, network_key, node_key, seq, input_tokens, "
     "cached_tokens, output_tokens, pay_nanocredits, head"
 )
@@ -226,14 +226,14 @@ async def _locked_counters(
 ) -> dict[bytes, Statement]:
     """The totals of these chains, held until the commit, made where there are none yet. Locked in sorted order, so
     that two settlements never wait for each other in a circle."""
-    sql = f"SELECT {_COUNTER} FROM receipt_counters WHERE chain IN (??)"
+    sql = f"SELECT {COUNTER_COLUMNS} FROM receipt_counters WHERE chain IN (??)"
     wanted = sorted(set(chains.values()))
     rows = await tx.among(sql, wanted, lock=True)
     if len(rows) < len(wanted):
         found = {bytes(row[0]) for row in rows}
         missing = sorted((chain, key) for key, chain in chains.items() if chain not in found)
         await tx.do_many(
-            f"INSERT INTO receipt_counters ({_COUNTER}) VALUES (?, ?, ?, ?, ?, ?, ?, 0, 0, 0, 0, 0, ?) "
+            f"INSERT INTO receipt_counters ({COUNTER_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, 0, 0, 0, 0, 0, ?) "
             "ON CONFLICT (chain) DO NOTHING",
             [
                 (
@@ -245,11 +245,11 @@ async def _locked_counters(
             ],
         )
         rows = await tx.among(sql, wanted, lock=True)
-    return {bytes(row[0]): _counter(row) for row in rows}
+    return {bytes(row[0]): counter_from(row) for row in rows}
 
 
-def _counter(row: Row) -> Statement:
-    """The totals in a row of _COUNTER columns."""
+def counter_from(row: Row) -> Statement:
+    """The totals in a row of COUNTER_COLUMNS columns."""
     _, _, class_id, start, seconds, network_key, node_key, seq, given, cached, out, pay, head = row
     return Statement(
         *(bytes(network_key), bytes(node_key), class_id, start, seconds, seq, given, cached, out, pay, bytes(head))

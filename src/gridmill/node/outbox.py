@@ -10,11 +10,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import queue
 import sqlite3
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 import msgspec
 
 from gridmill.wire import receipts as rules
+from gridmill.wire import receipts_file
 from gridmill.wire.codec import STATEMENTS_MAX
 from gridmill.wire.identity import Identity
 from gridmill.wire.messages import (
@@ -475,3 +477,100 @@ def _acknowledge(connection: sqlite3.Connection, network_key: bytes, message: Ac
         "WHERE network_key = ? AND class_id = ? AND period_start_seconds = ? AND acknowledged_seq < ?",
         [(seq, network_key, class_id, start, seq) for class_id, start, seq in message.statements],
     )
+
+
+# ---------------------------------------------------------------- reading, also while the node runs
+
+
+def export(path: Path, *, period: int = receipts_file.EVERY_PERIOD, with_salts: bool = False) -> Iterator[Any]:
+    """The lines of a file of all that both sides have signed, and of what this node disputes. Raises OutboxUnusable."""
+    with _reading(path) as connection:
+        chains = connection.execute(
+            "SELECT DISTINCT chain FROM statements ORDER BY chain",
+        ).fetchall()
+        openings = []
+        for (chain,) in chains:
+            (packed,) = connection.execute(
+                "SELECT statement FROM statements WHERE chain = ? LIMIT 1", (chain,)
+            ).fetchone()
+            openings.append((rules.opening_of(rules.statement_from(packed)), chain))
+        networks = {opening.network_key for opening, _ in openings}
+        yield receipts_file.header(
+            by="node",
+            network_key=networks.pop() if len(networks) == 1 else b"",
+            node_key=openings[0][0].node_key if openings else b"",
+            period=period,
+        )
+        for opening, chain in sorted(openings, key=lambda pair: (pair[0].period_start_seconds, pair[0].class_id)):
+            if period in (receipts_file.EVERY_PERIOD, opening.period_start_seconds):
+                yield receipts_file.chain_line(opening)
+                yield from _chain_lines(connection, chain, with_salts)
+
+
+def _chain_lines(connection: sqlite3.Connection, chain: bytes, with_salts: bool) -> Iterator[Any]:
+    for seq, first_seq, packed, network_signature, node_signature, remark in connection.execute(
+        "SELECT seq, first_seq, statement, network_signature, node_signature, remark FROM statements "
+        "WHERE chain = ? ORDER BY seq",
+        (chain,),
+    ):
+        statement = rules.statement_from(packed)
+        if not node_signature:
+            yield receipts_file.dispute_line(statement, network_signature, remark)
+            continue
+        for number, leaf, salt in connection.execute(
+            "SELECT seq, leaf, salt FROM leaves WHERE chain = ? AND seq >= ? AND seq <= ? ORDER BY seq",
+            (chain, first_seq, seq),
+        ):
+            yield receipts_file.leaf_line(number, rules.leaf_from(leaf), salt if with_salts else None)
+        yield receipts_file.statement_line(statement, network_signature, node_signature, remark)
+
+
+def show(path: Path, work_id: str) -> list[dict[str, Any]]:
+    """All leaves of a work with the statements that cover them, or what waits for a receipt. Raises OutboxUnusable."""
+    shown: list[dict[str, Any]] = []
+    with _reading(path) as connection:
+        for chain, seq, packed, salt in connection.execute(
+            "SELECT chain, seq, leaf, salt FROM leaves WHERE work_id = ? ORDER BY epoch", (work_id,)
+        ).fetchall():
+            row = connection.execute(
+                "SELECT statement, network_signature, node_signature, remark FROM statements "
+                "WHERE chain = ? AND seq >= ? AND length(node_signature) > 0 ORDER BY seq LIMIT 1",
+                (chain, seq),
+            ).fetchone()
+            statement = rules.statement_from(row[0])
+            shown.append(
+                {
+                    **receipts_file.chain_line(rules.opening_of(statement)),
+                    **receipts_file.leaf_line(seq, rules.leaf_from(packed), salt),
+                    "statement": receipts_file.statement_line(statement, *row[1:]),
+                }
+            )
+        for epoch, class_id, input_tokens, sent, kept in connection.execute(
+            "SELECT epoch, class_id, input_tokens, length(ids) / 4, kept FROM works WHERE work_id = ?", (work_id,)
+        ):
+            shown.append(
+                {
+                    "kind": "waiting",
+                    "work_id": work_id,
+                    "epoch": epoch,
+                    "class_id": class_id,
+                    "input_tokens": input_tokens,
+                    "sent_tokens": sent,
+                    "claimed_tokens": kept,
+                }
+            )
+    return shown
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[sqlite3.Connection]:
+    try:
+        connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, isolation_level=None)
+        try:
+            connection.execute("PRAGMA busy_timeout = 5000")
+            connection.execute("BEGIN")  # one view of it all, whatever the node writes meanwhile
+            yield connection
+        finally:
+            connection.close()
+    except sqlite3.Error as problem:
+        raise OutboxUnusable(f"{path} cannot be read: {problem}") from problem
