@@ -18,7 +18,8 @@ MAY_IMPORT = {
     "client": {"settings_loader"},
     "up": {"network", "wire", "client"},
     "operator_cli": {"network", "node", "client", "settings_loader"},
-    "cli": {"operator_cli", "network", "node", "wire", "client", "up", "settings_loader", ""},
+    "receipts_cli": {"operator_cli", "network", "node", "wire", "settings_loader"},
+    "cli": {"operator_cli", "receipts_cli", "network", "node", "wire", "client", "up", "settings_loader", ""},
     "__main__": {"cli"},
     "__init__": set(),
 }

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from gridmill import __version__
 from gridmill.operator_cli import EXIT_FAILED, EXIT_USAGE, add_command, add_operator_commands, known_settings
+from gridmill.receipts_cli import add_receipts_commands
 from gridmill.settings_loader import SettingsError, field_names
 
 EXIT_NETWORK, EXIT_MODEL, EXIT_INTERRUPTED = 3, 4, 130
@@ -126,6 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_settings(quote, ClientSettings, leave_out={"model", "system", "temperature", "seed"})
 
     add_operator_commands(commands)
+    add_receipts_commands(commands)
     return parser
 
 

@@ -26,22 +26,22 @@ def add_operator_commands(commands: Any) -> None:
         help="create, list and freeze accounts",
         description="An account pays for what its keys ask, and earns what its nodes serve.",
     ).add_subparsers(metavar="COMMAND", required=True)
-    create = _operator_command(accounts, "create", _accounts_create, "create an account without keys")
+    create = operator_command(accounts, "create", _accounts_create, "create an account without keys")
     create.add_argument("name", metavar="NAME", help="whose it is")
-    _operator_command(accounts, "list", _accounts_list, "list accounts and what they have")
+    operator_command(accounts, "list", _accounts_list, "list accounts and what they have")
     for verb, run, help_text in (
         ("show", _accounts_show, "show an account, its keys and its nodes"),
         ("freeze", _accounts_freeze, "stop all keys of an account at once; its money stays"),
         ("unfreeze", _accounts_freeze, "let the keys of an account work again"),
     ):
-        command = _operator_command(accounts, verb, run, help_text)
+        command = operator_command(accounts, verb, run, help_text)
         command.set_defaults(verb=verb)
         _add_account(command)
 
     keys = commands.add_parser(
         "keys", help="create, list and revoke API keys", description="API keys of a network."
     ).add_subparsers(metavar="COMMAND", required=True)
-    create = _operator_command(keys, "create", _keys_create, "create a key; it is shown this once")
+    create = operator_command(keys, "create", _keys_create, "create a key; it is shown this once")
     create.add_argument("name", metavar="NAME", help="what it is for, or whose")
     create.add_argument("--account", metavar="ACCOUNT", help="its account, by id or name (default: a new one)")
     create.add_argument(
@@ -57,12 +57,12 @@ def add_operator_commands(commands: Any) -> None:
     create.add_argument(
         "--expires", metavar="WHEN", help="30d or 12h from now, or the last day (UTC) on which it works: 2026-12-31"
     )
-    listing = _operator_command(keys, "list", _keys_list, "list keys, without the keys themselves")
+    listing = operator_command(keys, "list", _keys_list, "list keys, without the keys themselves")
     listing.add_argument("--account", metavar="ACCOUNT", help="only those of this account")
-    revoke = _operator_command(keys, "revoke", _keys_revoke, "revoke a key, at once")
+    revoke = operator_command(keys, "revoke", _keys_revoke, "revoke a key, at once")
     revoke.add_argument("key", metavar="NAME_OR_ID", help="the key's id, or its name (then all keys of that name)")
 
-    credit = _operator_command(commands, "credit", _credit, "give credit to an account, or take it back")
+    credit = operator_command(commands, "credit", _credit, "give credit to an account, or take it back")
     _add_account(credit)
     credit.add_argument("amount", metavar="AMOUNT", help="credits, like 2.5; a negative amount is taken back")
     credit.add_argument("--id", metavar="ID", help="your own id of this payment: repeating it changes nothing")
@@ -71,28 +71,28 @@ def add_operator_commands(commands: Any) -> None:
     ledger = commands.add_parser(
         "ledger", help="read and check the books", description="The double-entry ledger of a network."
     ).add_subparsers(metavar="COMMAND", required=True)
-    balance = _operator_command(ledger, "balance", _ledger_balance, "show balances")
+    balance = operator_command(ledger, "balance", _ledger_balance, "show balances")
     balance.add_argument("account", metavar="ACCOUNT", nargs="?", help="one account (default: all of the ledger)")
-    history = _operator_command(ledger, "history", _ledger_history, "show what moved an account's money, newest first")
+    history = operator_command(ledger, "history", _ledger_history, "show what moved an account's money, newest first")
     _add_account(history)
     history.add_argument("--limit", metavar="N", type=int, default=50, help="how many transfers (default: 50)")
-    _operator_command(ledger, "check", _ledger_check, "prove that the books add up; exit code 1 when they do not")
+    operator_command(ledger, "check", _ledger_check, "prove that the books add up; exit code 1 when they do not")
 
     classes = commands.add_parser(
         "classes",
         help="decide which model class a name means",
         description="A class is one exact set of weights, arithmetic and tokenizer. Names belong to the operator.",
     ).add_subparsers(metavar="COMMAND", required=True)
-    _operator_command(classes, "list", _classes_list, "list names, their classes, and offers that wait")
+    operator_command(classes, "list", _classes_list, "list names, their classes, and offers that wait")
     for verb, run, help_text in (
         ("approve", _classes_approve, "let a class be served under a name"),
         ("withdraw", _classes_withdraw, "take a class from a name"),
     ):
-        command = _operator_command(classes, verb, run, help_text)
+        command = operator_command(classes, verb, run, help_text)
         command.add_argument("name", metavar="NAME", help="model name")
         command.add_argument("class_id", metavar="CLASS", help="class id, or its first 8 characters or more")
 
-    _operator_command(commands, "status", _status, "show a running network: models, nodes, load")
+    operator_command(commands, "status", _status, "show a running network: models, nodes, load")
 
 
 def add_command(commands: Any, name: str, run: Callable[..., int], help_text: str, description: str) -> Any:
@@ -112,7 +112,7 @@ def known_settings() -> frozenset[str]:
     return field_names(ClientSettings) | field_names(NetworkSettings) | field_names(NodeSettings)
 
 
-def _operator_command(commands: Any, name: str, run: Callable[..., int], help_text: str) -> Any:
+def operator_command(commands: Any, name: str, run: Callable[..., int], help_text: str) -> Any:
     command = add_command(commands, name, run, help_text, help_text[0].upper() + help_text[1:] + ".")
     command.add_argument("--data", metavar="DIR", help="the network's data folder (default: ~/.gridmill)")
     command.add_argument("--database", metavar="URL", help="the network's PostgreSQL database, if it has one")
@@ -128,7 +128,7 @@ def _add_account(command: Any) -> None:
 
 
 def _accounts_create(arguments: argparse.Namespace, environ: Environment) -> int:
-    made = _operate(arguments, environ, "accounts.create", name=arguments.name)
+    made = operate_on(arguments, environ, "accounts.create", name=arguments.name)
     return _say(
         arguments,
         made,
@@ -138,7 +138,7 @@ def _accounts_create(arguments: argparse.Namespace, environ: Environment) -> int
 
 
 def _accounts_list(arguments: argparse.Namespace, environ: Environment) -> int:
-    rows = _operate(arguments, environ, "accounts.list")
+    rows = operate_on(arguments, environ, "accounts.list")
     return _show(
         arguments,
         rows,
@@ -147,8 +147,8 @@ def _accounts_list(arguments: argparse.Namespace, environ: Environment) -> int:
             (
                 r["account_id"],
                 r["name"],
-                _credits(r["available_nanocredits"]),
-                _credits(r["held_nanocredits"]),
+                in_credits(r["available_nanocredits"]),
+                in_credits(r["held_nanocredits"]),
                 str(r["keys"]),
                 _moment(r["created_seconds"]),
                 _moment(r["frozen_seconds"]),
@@ -162,14 +162,14 @@ def _accounts_list(arguments: argparse.Namespace, environ: Environment) -> int:
 def _accounts_show(arguments: argparse.Namespace, environ: Environment) -> int:
     from gridmill.client import table
 
-    shown = _operate(arguments, environ, "accounts.show", account=arguments.account)
+    shown = operate_on(arguments, environ, "accounts.show", account=arguments.account)
     if arguments.json:
         print(json.dumps(shown))
         return 0
     print(f"{shown['account_id']} ({shown['name']}), since {_moment(shown['created_seconds'])}")
     if shown["frozen_seconds"] is not None:
         print(f"frozen since {_moment(shown['frozen_seconds'])}")
-    print(f"{_credits(shown['available_nanocredits'])} credits, and {_credits(shown['held_nanocredits'])} held")
+    print(f"{in_credits(shown['available_nanocredits'])} credits, and {in_credits(shown['held_nanocredits'])} held")
     if shown["keys"]:
         print("\n" + table(_KEY_COLUMNS, [_key_cells(row) for row in shown["keys"]]))
     if shown["nodes"]:
@@ -181,13 +181,13 @@ def _accounts_show(arguments: argparse.Namespace, environ: Environment) -> int:
 
 
 def _accounts_freeze(arguments: argparse.Namespace, environ: Environment) -> int:
-    row = _operate(arguments, environ, f"accounts.{arguments.verb}", account=arguments.account)
+    row = operate_on(arguments, environ, f"accounts.{arguments.verb}", account=arguments.account)
     state = "frozen: none of its keys works" if row["frozen_seconds"] is not None else "not frozen"
     return _say(arguments, row, f"{row['account_id']} ({row['name']}) is {state}.")
 
 
 def _keys_create(arguments: argparse.Namespace, environ: Environment) -> int:
-    made = _operate(
+    made = operate_on(
         arguments,
         environ,
         "keys.create",
@@ -213,7 +213,7 @@ def _keys_create(arguments: argparse.Namespace, environ: Environment) -> int:
 
 
 def _keys_list(arguments: argparse.Namespace, environ: Environment) -> int:
-    rows = _operate(arguments, environ, "keys.list", account=arguments.account)
+    rows = operate_on(arguments, environ, "keys.list", account=arguments.account)
     cells = [_key_cells(row) for row in rows]
     return _show(arguments, rows, _KEY_COLUMNS, cells, "No keys yet: `gridmill keys create NAME` makes one.")
 
@@ -226,9 +226,9 @@ def _key_cells(row: dict[str, Any]) -> tuple[str, ...]:
     if row["requests_per_minute"] is not None:
         limits.append(f"{row['requests_per_minute']} requests/min")
     if row["cost_per_minute_nanocredits"] is not None:
-        limits.append(f"{_credits(row['cost_per_minute_nanocredits'])} credits/min")
+        limits.append(f"{in_credits(row['cost_per_minute_nanocredits'])} credits/min")
     budget = row["budget_nanocredits"]
-    spent = "" if budget is None else f"{_credits(row['committed_nanocredits'])} of {_credits(budget)}"
+    spent = "" if budget is None else f"{in_credits(row['committed_nanocredits'])} of {in_credits(budget)}"
     return (
         *(row["key_id"], row["name"], row["account_name"], row["scope"], ", ".join(limits), spent),
         *(_moment(row[when]) for when in ("created_seconds", "expires_seconds", "revoked_seconds")),
@@ -236,7 +236,7 @@ def _key_cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _keys_revoke(arguments: argparse.Namespace, environ: Environment) -> int:
-    rows = _operate(arguments, environ, "keys.revoke", key=arguments.key)
+    rows = operate_on(arguments, environ, "keys.revoke", key=arguments.key)
     return _say(arguments, rows, "\n".join(f"Revoked {row['key_id']} ({row['name']})." for row in rows))
 
 
@@ -244,7 +244,7 @@ def _keys_revoke(arguments: argparse.Namespace, environ: Environment) -> int:
 
 
 def _credit(arguments: argparse.Namespace, environ: Environment) -> int:
-    done = _operate(
+    done = operate_on(
         arguments,
         environ,
         "credit",
@@ -254,22 +254,22 @@ def _credit(arguments: argparse.Namespace, environ: Environment) -> int:
         memo=arguments.memo,
     )
     before = "That was done before. " if done["repeated"] else ""
-    return _say(arguments, done, f"{before}{done['name']} has {_credits(done['available_nanocredits'])} credits.")
+    return _say(arguments, done, f"{before}{done['name']} has {in_credits(done['available_nanocredits'])} credits.")
 
 
 def _ledger_balance(arguments: argparse.Namespace, environ: Environment) -> int:
-    rows = _operate(arguments, environ, "ledger.balance", account=arguments.account)
+    rows = operate_on(arguments, environ, "ledger.balance", account=arguments.account)
     if isinstance(rows, dict):
-        held = _credits(rows["held_nanocredits"])
+        held = in_credits(rows["held_nanocredits"])
         return _say(
-            arguments, rows, f"{rows['name']} has {_credits(rows['available_nanocredits'])} credits, {held} held."
+            arguments, rows, f"{rows['name']} has {in_credits(rows['available_nanocredits'])} credits, {held} held."
         )
-    cells = [(row["ledger_account"], _credits(row["balance_nanocredits"])) for row in rows]
+    cells = [(row["ledger_account"], in_credits(row["balance_nanocredits"])) for row in rows]
     return _show(arguments, rows, ("LEDGER ACCOUNT", "CREDITS"), cells, "Nothing has been credited or charged yet.")
 
 
 def _ledger_history(arguments: argparse.Namespace, environ: Environment) -> int:
-    rows = _operate(arguments, environ, "ledger.history", account=arguments.account, limit=arguments.limit)
+    rows = operate_on(arguments, environ, "ledger.history", account=arguments.account, limit=arguments.limit)
     return _show(
         arguments,
         rows,
@@ -290,7 +290,7 @@ def _ledger_history(arguments: argparse.Namespace, environ: Environment) -> int:
 
 
 def _ledger_check(arguments: argparse.Namespace, environ: Environment) -> int:
-    found = _operate(arguments, environ, "ledger.check")
+    found = operate_on(arguments, environ, "ledger.check")
     problems = found["problems"]
     counts = f"{found['transfers']} transfers with {found['entries']} entries, {found['accounts']} accounts"
     verdict = f"{len(problems)} problems in" if problems else "The books add up:"
@@ -302,7 +302,7 @@ def _ledger_check(arguments: argparse.Namespace, environ: Environment) -> int:
 
 
 def _classes_list(arguments: argparse.Namespace, environ: Environment) -> int:
-    rows = _operate(arguments, environ, "classes.list")
+    rows = operate_on(arguments, environ, "classes.list")
     return _show(
         arguments,
         rows,
@@ -313,24 +313,24 @@ def _classes_list(arguments: argparse.Namespace, environ: Environment) -> int:
 
 
 def _classes_approve(arguments: argparse.Namespace, environ: Environment) -> int:
-    made = _operate(arguments, environ, "classes.approve", name=arguments.name, class_id=arguments.class_id)
+    made = operate_on(arguments, environ, "classes.approve", name=arguments.name, class_id=arguments.class_id)
     return _say(arguments, made, f"{made['name']} may now be served as class {made['class_id'][:16]}.")
 
 
 def _classes_withdraw(arguments: argparse.Namespace, environ: Environment) -> int:
-    made = _operate(arguments, environ, "classes.withdraw", name=arguments.name, class_id=arguments.class_id)
+    made = operate_on(arguments, environ, "classes.withdraw", name=arguments.name, class_id=arguments.class_id)
     return _say(arguments, made, f"{made['name']} no longer means class {made['class_id'][:16]}.")
 
 
 def _status(arguments: argparse.Namespace, environ: Environment) -> int:
     from gridmill.client import table
 
-    state = _operate(arguments, environ, "status")
+    state = operate_on(arguments, environ, "status")
     if arguments.json:
         print(json.dumps(state))
         return 0
     if not state["running"]:
-        print(f"No network runs on {_data(arguments, environ)}: `gridmill up` or `gridmill network` starts one.")
+        print(f"No network runs on {data_folder(arguments, environ)}: `gridmill up` or `gridmill network` starts one.")
         return EXIT_FAILED
     print(f"{state['base_url']}: {state['works_running']} running, {state['requests_waiting']} waiting")
     print(f"network key: {state['network_key']}\n")
@@ -367,11 +367,11 @@ def _status(arguments: argparse.Namespace, environ: Environment) -> int:
 # ---------------------------------------------------------------- how they run and what they show
 
 
-def _operate(arguments: argparse.Namespace, environ: Environment, command: str, **values: Any) -> Any:
+def operate_on(arguments: argparse.Namespace, environ: Environment, command: str, **values: Any) -> Any:
     from gridmill.network.operator import operate
     from gridmill.network.settings import load_network_settings
 
-    folder = _data(arguments, environ)
+    folder = data_folder(arguments, environ)
 
     def database() -> str | None:
         flags = {"data": folder, "database": arguments.database}
@@ -382,7 +382,7 @@ def _operate(arguments: argparse.Namespace, environ: Environment, command: str, 
     return operate(folder, command, database=database, **values)
 
 
-def _data(arguments: argparse.Namespace, environ: Environment) -> Path:
+def data_folder(arguments: argparse.Namespace, environ: Environment) -> Path:
     from gridmill.network.settings import DEFAULT_DATA
 
     return Path(arguments.data or environ.get("GRIDMILL_DATA") or DEFAULT_DATA).expanduser()
@@ -410,14 +410,14 @@ def _amount(text: str | None) -> int | None:
         raise SettingsError(str(problem)) from problem
 
 
-def _credits(nanocredits: int) -> str:
+def in_credits(nanocredits: int) -> str:
     from gridmill.network.credits import show_credits
 
     return show_credits(nanocredits)
 
 
 def _change(nanocredits: int) -> str:
-    return f"{'+' if nanocredits > 0 else ''}{_credits(nanocredits)}" if nanocredits else ""
+    return f"{'+' if nanocredits > 0 else ''}{in_credits(nanocredits)}" if nanocredits else ""
 
 
 def _moment(seconds: int | None) -> str:
