@@ -5,6 +5,7 @@ Errors have OpenAI's shape, as everywhere. Requests are logged with who asked an
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 from collections.abc import Awaitable, Callable, Collection
@@ -91,6 +92,9 @@ class Plain:
                 pass  # nobody to tell
         except ClientGone as gone:
             status, code = CLIENT_LEFT_STATUS, f"client_{gone}"
+        except asyncio.CancelledError:
+            status, code = 503, "stopped"
+            raise
         finally:
             self._metrics.request_ended(endpoint, status)
             log.info(
