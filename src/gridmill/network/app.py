@@ -27,9 +27,11 @@ from gridmill.network.dispatch import Dispatcher
 from gridmill.network.gateway.admin import PREFIX as ADMIN_PREFIX
 from gridmill.network.gateway.admin import AdminApi
 from gridmill.network.gateway.asgi import HttpProtocol, Receive, Scope, Send, WebSocketProtocol, send_bytes
+from gridmill.network.gateway.idempotent import SharedAnswers
 from gridmill.network.gateway.openai import OpenAIGateway
 from gridmill.network.gateway.plain import Plain
 from gridmill.network.gateway.usage import UsageApi
+from gridmill.network.idempotency import Idempotency
 from gridmill.network.limits import Limits
 from gridmill.network.links import Links
 from gridmill.network.metering import FeePolicy
@@ -95,9 +97,10 @@ async def _serve(
         fees=FeePolicy(fee_basis_points=settings.fee_basis_points),
         now=time.time,
     )
+    holder = _gateway_id(settings.data / "gateway.id")
     books = Books(
         store,
-        holder=_gateway_id(settings.data / "gateway.id"),
+        holder=holder,
         network_key=identity.public,
         clock=_unstoppable_clock,
         wall_ms=lambda: int(time.time() * 1000),
@@ -105,7 +108,8 @@ async def _serve(
         period_seconds=settings.receipt_period_seconds,
         lease_seconds=settings.lease_seconds,
     )
-    for heard in (accounts.changed, registry.heard, books.heard):
+    idempotency = Idempotency(store, holder=holder, lease_seconds=settings.lease_seconds)
+    for heard in (accounts.changed, registry.heard, books.heard, idempotency.heard):
         store.listen(heard)
     await accounts.load()
     await registry.load()
@@ -128,6 +132,13 @@ async def _serve(
             clock=time.monotonic,
             queue_timeout_seconds=settings.queue_timeout_seconds,
         )
+        shared = SharedAnswers(
+            idempotency,
+            books=books,
+            dispatcher=dispatcher,
+            spawn=lambda work: void(tasks.create_task(work)),
+            clock=time.monotonic,
+        )
         gateway = OpenAIGateway(
             registry=registry,
             accounts=accounts,
@@ -136,6 +147,7 @@ async def _serve(
             books=books,
             limits=Limits(),
             metrics=metrics,
+            shared=shared,
             body_bytes=settings.body_bytes,
             client_stall_timeout_seconds=settings.client_stall_timeout_seconds,
             clock=time.monotonic,
@@ -203,6 +215,7 @@ async def _serve(
                 ("leases", books.keep()),
                 ("accounts", accounts.watch()),
                 ("names", registry.watch()),
+                ("idempotency", idempotency.keep()),
             )
         ]
         await books.recover()
@@ -220,6 +233,7 @@ async def _serve(
             links.say_goodbye(Reason.STOPPING, "the network is shutting down")
             server.should_exit = True
             await control.stop()
+            await shared.close()
             await books.close()
             for loop in loops:
                 loop.cancel()

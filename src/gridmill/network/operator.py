@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from gridmill.network import accounts as accounts_module
-from gridmill.network import balances, books, ledger, receipts, usage
+from gridmill.network import balances, books, idempotency, ledger, receipts, usage
 from gridmill.network import registry as registry_module
 from gridmill.network.accounts import AccountId, AccountRow, Accounts, KeyRow, UnknownAccount, UnknownKey
 from gridmill.network.control import Command, ControlError, FolderLock, NotRunning, call
@@ -40,6 +40,7 @@ MIGRATIONS = (
     ledger.MIGRATION,
     books.MIGRATION,
     receipts.MIGRATION,
+    idempotency.MIGRATION,
 )
 
 OPERATOR_RAIL = "rail:operator:external"  # where credit comes from that an operator gives, and goes that is taken back

@@ -13,7 +13,7 @@ import asyncio
 import hmac
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -21,10 +21,9 @@ import msgspec
 from gridmill.network.accounts import Account, Accounts
 from gridmill.network.books import Books, Insufficient, Order, Payer, Unavailable
 from gridmill.network.credits import show_credits
+from gridmill.network.detokenise import ClassText
 from gridmill.network.dispatch import CallerFault, Dispatcher, Enough, NodeFault, NoRoom
 from gridmill.network.gateway.asgi import (
-    EVENT_STREAM,
-    JSON,
     ApiError,
     Client,
     ClientGone,
@@ -34,11 +33,23 @@ from gridmill.network.gateway.asgi import (
     Send,
     header,
 )
+from gridmill.network.gateway.exchange import Exchange, Showing
+from gridmill.network.gateway.idempotent import (
+    Incomplete,
+    Making,
+    Plan,
+    RunsElsewhere,
+    SharedAnswers,
+    first_cause,
+    show,
+)
 from gridmill.network.gateway.rendering import ChatFormat, Choice, CompletionFormat, Format
 from gridmill.network.gateway.requests import ChatRequest, CompletionRequest, RequestError
+from gridmill.network.idempotency import KEY_CHARACTERS_MAX, Asked, KeyReused, Part, hash_of_body, hash_of_key
 from gridmill.network.limits import Limits
 from gridmill.network.metering import PriceRow, cheapest, most, within
 from gridmill.network.registry import ModelCard, Registry, UnknownModel
+from gridmill.network.store import StoreUnusable
 from gridmill.network.text import TextError, TextService
 from gridmill.wire.classes import TextFacts
 from gridmill.wire.messages import Emission, Generate
@@ -50,6 +61,7 @@ DEFAULT_MAX_TOKENS = 4096  # design §4, step 2
 BODY_TIMEOUT_SECONDS = 30.0
 CLIENT_LEFT_STATUS = 499  # only in logs and counters: nobody was there to get an answer
 RETRY_AFTER_TEXT_SECONDS = 5
+RETRY_AFTER_RUNNING_SECONDS = 5
 
 _encode = msgspec.json.Encoder().encode
 
@@ -91,6 +103,7 @@ class OpenAIGateway:
         request_ids: Callable[[], str],
         gateway_secret: bytes,
         metrics: GatewayMetrics | None = None,
+        shared: SharedAnswers | None = None,
         body_bytes: int = 4 << 20,
         body_timeout_seconds: float = BODY_TIMEOUT_SECONDS,
         client_stall_timeout_seconds: float = 60.0,
@@ -106,6 +119,7 @@ class OpenAIGateway:
         self.request_ids = request_ids
         self.gateway_secret = gateway_secret
         self.metrics: GatewayMetrics = metrics or NoMetrics()
+        self.shared = shared
         self.body_bytes = body_bytes
         self.body_timeout_seconds = body_timeout_seconds
         self.client_stall_timeout_seconds = client_stall_timeout_seconds
@@ -156,6 +170,12 @@ class OpenAIGateway:
             request = kind.parse(body)
             exchange.model = request.model
             card = self.registry.resolve(request.model)
+            exchange.class_id = card.class_id
+            idempotency_key = header(scope, b"idempotency-key")
+            if idempotency_key is not None:
+                body_hash = hash_of_body(scope["path"], body)
+                await self._answer_once(kind, request, card, account, idempotency_key, body_hash, exchange)
+                return
             answer = await self._prepare(kind, request, card, account, exchange)
             await answer.run(self.dispatcher)
         except ClientGone as gone:
@@ -176,13 +196,76 @@ class OpenAIGateway:
         request: ChatRequest | CompletionRequest,
         card: ModelCard,
         account: Account,
-        exchange: _Exchange,
+        exchange: Exchange,
     ) -> _Answer:
-        """Everything that can be refused before a node is asked, in the order in which it gets dearer."""
-        exchange.class_id = card.class_id
+        form = kind(exchange.request_id, int(self.wall_clock()), card, request, self._class_text(card))
+        exchange.prompt_tokens, planned = await self._plan(kind, request, card, account, exchange.request_id)
+        answer = _Answer(exchange, form, request)
+        hidden = _hidden(request, card)
+        for each in planned:
+            answer.add(each, hidden)
+        return answer
+
+    async def _plan(
+        self,
+        kind: type[Format],
+        request: ChatRequest | CompletionRequest,
+        card: ModelCard,
+        account: Account,
+        request_id: str,
+        parts: Sequence[Part] = (),
+    ) -> tuple[int, list[_Planned]]:
+        """Everything that can be refused before a node is asked, in the order in which it gets dearer.
+
+        Returns how many ids all prompts have, and the works with what is held for them. `parts` is what earlier runs
+        of the same request delivered of each choice: choices that ended need no work.
+        """
         facts = card.facts
+        if request.max_tokens is not None and request.max_tokens > facts.context_tokens:
+            raise RequestError(
+                f"max_tokens must be between 1 and {facts.context_tokens}, this model's context, "
+                f"not {request.max_tokens}",
+                "max_tokens",
+            )
+        base = base_seed(request.seed, self.gateway_secret, request_id)
+        problem = problem_with(request.sampling(base, request.max_tokens or facts.context_tokens), facts.vocab_size)
+        if problem is not None:
+            raise RequestError(problem, problem.partition(" ")[0])
+        salt = self._cache_salt(account.account_id, request.cache_salt or "")
+        wanted: list[_Wanted] = []
+        prompt_tokens = 0
+        for ids in await kind.encode(self.texts, card.class_id, request):
+            max_tokens = min(_room(ids, facts, kind.prompt_param), request.max_tokens or DEFAULT_MAX_TOKENS)
+            if request.min_tokens > max_tokens:
+                raise RequestError(f"min_tokens must be between 0 and {max_tokens}, all that fits here", "min_tokens")
+            prompt_tokens += len(ids)
+            prompt = pack_ids(ids)
+            wanted += [_Wanted(len(wanted) + i, prompt, len(ids), max_tokens) for i in range(request.n)]
+        if parts:
+            wanted = [_rest(each, parts[each.index]) for each in wanted if not parts[each.index].kind]
+        payer = Payer(account.account_id, account.key_id, account.has_budget)
+        held = await self._hold(request, card.class_id, account, payer, wanted) if wanted else []
+        planned: list[_Planned] = []
+        for want, (max_tokens, amount) in zip(wanted, held, strict=True):
+            work_id = f"{request_id}-{want.index}"
+            order = self.books.order(payer, work_id, card.class_id, card.name, want.input_tokens, amount)
+            if amount and account.cost_per_minute_nanocredits is not None:
+                order.charged = self._correct_rate(account)
+            sampling = request.sampling(choice_seed(base, want.index), len(want.delivered) // 4 + max_tokens)
+            # Salted per work, with what no one else can know: hashes in receipts answer no guesses at a text.
+            work_salt = hmac.digest(self.gateway_secret, b"gridmill-receipt-salt-v1\0" + work_id.encode(), "sha256")[
+                :16
+            ]
+            work = Generate(
+                work_id, card.class_id, want.prompt, sampling, salt, want.delivered, want.epoch, salt=work_salt
+            )
+            planned.append(_Planned(want.index, work, order))
+        self.metrics.prompt_accepted(prompt_tokens)
+        return prompt_tokens, planned
+
+    def _class_text(self, card: ModelCard) -> ClassText:
         try:
-            text = self.registry.class_text(card.class_id)
+            return self.registry.class_text(card.class_id)
         except KeyError:
             raise ApiError(
                 503,
@@ -190,43 +273,63 @@ class OpenAIGateway:
                 f"no node that serves {card.name} is here at the moment: try again shortly",
                 headers=[_retry_after(RETRY_AFTER_TEXT_SECONDS)],
             ) from None
-        if request.max_tokens is not None and request.max_tokens > facts.context_tokens:
-            raise RequestError(
-                f"max_tokens must be between 1 and {facts.context_tokens}, this model's context, "
-                f"not {request.max_tokens}",
-                "max_tokens",
+
+    # ------------------------------------------------------------ one answer for all requests with the same key
+
+    async def _answer_once(
+        self,
+        kind: type[Format],
+        request: ChatRequest | CompletionRequest,
+        card: ModelCard,
+        account: Account,
+        key: bytes,
+        body_hash: bytes,
+        exchange: Exchange,
+    ) -> None:
+        """Runs the request detached from its connection, or joins what an earlier one with this key began."""
+        key_hash = hash_of_key(key)
+        if key_hash is None:
+            raise ApiError(
+                400,
+                "invalid_idempotency_key",
+                f"an Idempotency-Key has 1 to {KEY_CHARACTERS_MAX} printable ASCII characters",
             )
-        base = base_seed(request.seed, self.gateway_secret, exchange.request_id)
-        problem = problem_with(request.sampling(base, request.max_tokens or facts.context_tokens), facts.vocab_size)
-        if problem is not None:
-            raise RequestError(problem, problem.partition(" ")[0])
-        salt = self._cache_salt(exchange.account_id or "", request.cache_salt or "")
-        hidden = frozenset(facts.eos_token_ids) | frozenset(request.stop_token_ids)
-        form = kind(exchange.request_id, int(self.wall_clock()), card, request, text)
-        wanted: list[_Wanted] = []
-        for ids in await kind.encode(self.texts, card.class_id, request):
-            max_tokens = min(_room(ids, facts, kind.prompt_param), request.max_tokens or DEFAULT_MAX_TOKENS)
-            if request.min_tokens > max_tokens:
-                raise RequestError(f"min_tokens must be between 0 and {max_tokens}, all that fits here", "min_tokens")
-            exchange.prompt_tokens += len(ids)
-            wanted += [_Wanted(pack_ids(ids), len(ids), max_tokens)] * request.n
-        payer = Payer(account.account_id, account.key_id, account.has_budget)
-        held = await self._hold(request, card.class_id, account, payer, wanted)
-        answer = _Answer(exchange, form, request)
-        for index, (want, (max_tokens, amount)) in enumerate(zip(wanted, held, strict=True)):
-            work_id = f"{exchange.request_id}-{index}"
-            order = self.books.order(payer, work_id, card.class_id, card.name, want.input_tokens, amount)
-            if amount and account.cost_per_minute_nanocredits is not None:
-                order.charged = self._correct_rate(account)
-            sampling = request.sampling(choice_seed(base, index), max_tokens)
-            # Salted per work, with what no one else can know: hashes in receipts answer no guesses at a text.
-            work_salt = hmac.digest(self.gateway_secret, b"gridmill-receipt-salt-v1\0" + work_id.encode(), "sha256")[
-                :16
-            ]
-            work = Generate(work_id, card.class_id, want.prompt, sampling, cache_salt=salt, salt=work_salt)
-            answer.add(work, order, hidden)
-        self.metrics.prompt_accepted(exchange.prompt_tokens)
-        return answer
+        if self.shared is None:
+            raise ApiError(400, "idempotency_key_unsupported", "this network keeps no Idempotency-Keys: leave it out")
+        prompts = len(request.prompts) if isinstance(request, CompletionRequest) else 1
+        asked = Asked(
+            account.account_id,
+            key_hash,
+            body_hash,
+            exchange.request_id,
+            card.name,
+            card.class_id,
+            int(self.wall_clock()),
+            request.n * prompts,
+        )
+
+        def shape(found: Asked) -> tuple[Format, frozenset[int]]:
+            # A retry keeps its class, whatever the name means by now.
+            its_card = self._card_of(found, card)
+            form = kind(found.request_id, found.created_seconds, its_card, request, self._class_text(its_card))
+            return form, _hidden(request, its_card)
+
+        async def plan(found: Asked, parts: Sequence[Part]) -> Plan:
+            its_card = self._card_of(found, card)
+            prompt_tokens, planned = await self._plan(kind, request, its_card, account, found.request_id, parts)
+            return Plan(prompt_tokens, {each.index: (each.work, each.order) for each in planned})
+
+        def explain(error: Exception) -> ApiError:
+            return _as_api_error(error, kind.prompt_param)
+
+        scored = request.top_logprobs is not None
+        recording = self.shared.join(asked, Making(shape, plan, explain, scored))
+        await show(recording, exchange, request, shape)
+
+    def _card_of(self, asked: Asked, card: ModelCard) -> ModelCard:
+        if asked.class_id == card.class_id:
+            return card
+        return self.registry.resolve(f"{asked.model}@{asked.class_id}")
 
     # ------------------------------------------------------------ money
 
@@ -296,7 +399,7 @@ class OpenAIGateway:
         message = account_id.encode() + b"\0" + client_salt.encode()
         return hmac.digest(self.gateway_secret, b"gridmill-cache-salt-v1\0" + message, "sha256")
 
-    def _authenticate(self, scope: Scope, exchange: _Exchange) -> Account:
+    def _authenticate(self, scope: Scope, exchange: Exchange) -> Account:
         offered = header(scope, b"authorization")
         challenge: Headers = [(b"www-authenticate", b"Bearer")]
         if offered is None:
@@ -334,89 +437,52 @@ class OpenAIGateway:
         finally:
             self._ended(exchange)
 
-    def _exchange(self, endpoint: str, id_prefix: str, scope: Scope, receive: Receive, send: Send) -> _Exchange:
+    def _exchange(self, endpoint: str, id_prefix: str, scope: Scope, receive: Receive, send: Send) -> Exchange:
         client = Client(scope, receive, send, clock=self.clock, stall_timeout_seconds=self.client_stall_timeout_seconds)
-        return _Exchange(client, endpoint, id_prefix + self.request_ids(), self.clock)
+        return Exchange(client, endpoint, id_prefix + self.request_ids(), self.clock)
 
-    def _ended(self, exchange: _Exchange) -> None:
+    def _ended(self, exchange: Exchange) -> None:
         self.metrics.request_ended(exchange.endpoint, exchange.status)
         if log.isEnabledFor(logging.INFO):
             log.info("request", extra=exchange.log_fields())
-
-
-class _Exchange:
-    """One HTTP exchange: who, what, how it ended. Knows neither prompt nor text, so that a log line cannot either."""
-
-    def __init__(self, client: Client, endpoint: str, request_id: str, clock: Callable[[], float]) -> None:
-        self.client = client
-        self.endpoint = endpoint
-        self.request_id = request_id
-        self.clock = clock
-        self.started = clock()
-        self.first_token_at: float | None = None
-        self.head_sent = False
-        self.status = 200  # what the caller was told, or would have been had the head not left already
-        self.code: str | None = None
-        self.account_id: str | None = None
-        self.key_id: str | None = None
-        self.model: str | None = None
-        self.class_id: str | None = None
-        self.prompt_tokens = 0
-        self.output_tokens = 0
-        self.nodes: list[str] = []
-
-    def headers(self) -> Headers:
-        request_id = self.request_id.encode()
-        headers = [(b"x-gridmill-request-id", request_id), (b"x-request-id", request_id)]
-        if self.nodes:
-            headers.append((b"x-gridmill-node", self.nodes[0].encode("ascii", "replace")))
-        return headers
-
-    async def answer(self, status: int, body: bytes, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
-        self.head_sent = True
-        await self.client.answer(status, body, JSON, [*self.headers(), *headers])
-
-    async def refuse(self, error: ApiError) -> None:
-        """Says what went wrong, as an answer or, when the head of a stream has left, as its last event."""
-        self.status, self.code = error.status, error.code
-        try:
-            with self.client.present():
-                if self.head_sent:
-                    await self.client.send_body(_error_event(error), more=False)
-                else:
-                    await self.answer(error.status, error.body(), error.headers)
-        except ClientGone:
-            pass  # Nobody to tell; the status stays that of the error.
-
-    def log_fields(self) -> dict[str, Any]:
-        now = self.clock()
-        first = self.first_token_at
-        return {
-            "request_id": self.request_id,
-            "endpoint": self.endpoint,
-            "account": self.account_id,
-            "key": self.key_id,
-            "model": self.model,
-            "class_id": self.class_id,
-            "status": self.status,
-            "code": self.code,
-            "nodes": self.nodes,
-            "prompt_tokens": self.prompt_tokens,
-            "output_tokens": self.output_tokens,
-            "ttft_seconds": None if first is None else round(first - self.started, 6),
-            "duration_seconds": round(now - self.started, 6),
-        }
 
 
 # ---------------------------------------------------------------- what is held for each work
 
 
 class _Wanted(msgspec.Struct, frozen=True):
-    """One work before it is known what can be held for it."""
+    """One work before it is known what can be held for it. `input_tokens` and `max_tokens` are still to be paid."""
 
+    index: int
     prompt: bytes
     input_tokens: int
     max_tokens: int
+    delivered: bytes = b""
+    epoch: int = 0
+
+
+class _Planned(msgspec.Struct, frozen=True):
+    """One work, and what is held for it."""
+
+    index: int
+    work: Generate
+    order: Order
+
+
+def _rest(wanted: _Wanted, part: Part) -> _Wanted:
+    """What is left to do of a choice: its prompt was paid by the run that delivered, and so were its ids."""
+    return _Wanted(
+        wanted.index,
+        wanted.prompt,
+        0 if part.prompt_charged else wanted.input_tokens,
+        wanted.max_tokens - len(part.ids),
+        pack_ids(part.ids),
+        part.epoch_next,
+    )
+
+
+def _hidden(request: ChatRequest | CompletionRequest, card: ModelCard) -> frozenset[int]:
+    return frozenset(card.facts.eos_token_ids) | frozenset(request.stop_token_ids)
 
 
 def _dearest(rows: Sequence[PriceRow], wanted: _Wanted, tokens: int) -> int:
@@ -445,44 +511,42 @@ def _affordable(amount: int, rows: Sequence[PriceRow], fewest: int, wanted: Sequ
 # ---------------------------------------------------------------- from works to bytes
 
 
-class _Answer:
+class _Answer(Showing):
     """One request's works, run together, and their way to the caller."""
 
-    def __init__(self, exchange: _Exchange, form: Format, request: ChatRequest | CompletionRequest) -> None:
-        self.choices: list[Choice] = []
-        self._orders: list[Order] = []
+    def __init__(self, exchange: Exchange, form: Format, request: ChatRequest | CompletionRequest) -> None:
+        super().__init__(exchange, form, request)
+        self._planned: list[_Planned] = []
         self._charge_nanocredits = 0
-        self._exchange = exchange
-        self._client = exchange.client
-        self._form = form
-        self._request = request
         self._opening = False
         self._opened = asyncio.Event()
         self._unfinished = 0
         self._group: asyncio.TaskGroup
 
-    def add(self, work: Generate, order: Order, hidden: frozenset[int]) -> None:
-        self.choices.append(self._form.choice(len(self.choices), work, hidden))
-        self._orders.append(order)
+    def add(self, planned: _Planned, hidden: frozenset[int]) -> None:
+        self.choices.append(self.form.choice(planned.index, hidden))
+        self._planned.append(planned)
 
     def release(self, books: Books) -> None:
         """Whatever was held for works that never began is free again."""
-        for order in self._orders:
-            books.release(order)
+        for planned in self._planned:
+            books.release(planned.order)
 
     async def run(self, dispatcher: Dispatcher) -> None:
         """Serves all choices. Raises ClientGone or the first fault; the works that still ran are cancelled by then."""
         self._unfinished = len(self.choices)
         try:
-            with self._client.present():
-                if len(self.choices) == 1 and not self._request.stream:
+            with self.client.present():
+                if len(self.choices) == 1 and not self.request.stream:
                     await self._serve(self.choices[0], dispatcher)
                 else:
                     await self._serve_together(dispatcher)
-                if not self._request.stream:
-                    await self._exchange.answer(200, self._form.answer(self.choices, self._usage(), self._gridmill()))
+                if not self.request.stream:
+                    await self.exchange.answer(
+                        200, self.form.answer(self.choices, self.usage(self._charge_nanocredits), self.gridmill())
+                    )
         finally:
-            self._exchange.output_tokens = sum([choice.tokens for choice in self.choices])
+            self.exchange.output_tokens = sum([choice.tokens for choice in self.choices])
 
     async def _serve_together(self, dispatcher: Dispatcher) -> None:
         try:
@@ -492,11 +556,11 @@ class _Answer:
                     group.create_task(self._serve(choice, dispatcher))
                 await self._serve(self.choices[0], dispatcher)
         except BaseExceptionGroup as failures:
-            raise _first_cause(failures) from failures
+            raise first_cause(failures) from failures
 
     async def _serve(self, choice: Choice, dispatcher: Dispatcher) -> None:
-        client, exchange = self._client, self._exchange
-        streaming = self._request.stream
+        client, exchange = self.client, self.exchange
+        streaming = self.request.stream
 
         async def emit(emissions: list[Emission]) -> None:
             if exchange.first_token_at is None:
@@ -515,62 +579,35 @@ class _Answer:
             if choice.complete:
                 raise Enough(choice.tokens)
 
-        order = self._orders[choice.index]
-        outcome = await dispatcher.serve(choice.work, order, emit, placed=self._placed)
+        planned = self._planned[choice.index]
+        outcome = await dispatcher.serve(planned.work, planned.order, emit, placed=self._placed)
         self._charge_nanocredits += outcome.charge_nanocredits
         tail = choice.finish(outcome)
         self._unfinished -= 1
         if not streaming:
             choice.pieces.extend(tail)
             return
-        data = choice.events(tail) + self._form.finish_event(choice.index, choice.finish_reason, self._gridmill())
+        data = choice.events(tail) + self.form.finish_event(choice.index, choice.finish_reason, self.gridmill())
         await self._opened.wait()
         if self._unfinished:
             await client.send_body(data)
             return
-        if self._request.include_usage:
-            data += self._form.usage_event(self._usage(), self._gridmill())
+        if self.request.include_usage:
+            data += self.form.usage_event(self.usage(self._charge_nanocredits), self.gridmill())
         await client.send_body(data + b"data: [DONE]\n\n", more=False)
 
     def _placed(self, node_id: str) -> None:
-        nodes = self._exchange.nodes
+        nodes = self.exchange.nodes
         if node_id not in nodes:
             nodes.append(node_id)
-        if self._request.stream and not self._opening:
+        if self.request.stream and not self._opening:
             self._opening = True
             self._group.create_task(self._open())
 
     async def _open(self) -> None:
-        """The head, and the chunk in which OpenAI tells the role: at once, however long the prompt takes."""
-        headers = [(b"content-type", EVENT_STREAM), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
-        await self._client.send_head(200, [*headers, *self._exchange.headers()])
-        self._exchange.head_sent = True
-        opening = b"".join([self._form.opening_event(choice.index) for choice in self.choices])
-        if opening:
-            await self._client.send_body(opening)
+        """At once, however long the prompt takes."""
+        await self.open()
         self._opened.set()
-
-    def _gridmill(self) -> dict[str, Any]:
-        return {"nodes": self._exchange.nodes, "request_id": self._exchange.request_id}
-
-    def _usage(self) -> dict[str, Any]:
-        per_prompt = self._request.n
-        prompt_tokens = self._exchange.prompt_tokens
-        completion_tokens = sum([choice.output_tokens for choice in self.choices])
-        # One prompt is counted once, so what it found cached is what the least lucky of its choices found.
-        cached_tokens = sum(
-            [
-                min([choice.cached_tokens for choice in self.choices[first : first + per_prompt]])
-                for first in range(0, len(self.choices), per_prompt)
-            ]
-        )
-        return {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": cached_tokens},
-            "cost_nanocredits": self._charge_nanocredits,
-        }
 
 
 def _room(ids: Sequence[int], facts: TextFacts, param: str) -> int:
@@ -588,10 +625,6 @@ def _room(ids: Sequence[int], facts: TextFacts, param: str) -> int:
             "context_length_exceeded",
         )
     return room
-
-
-def _error_event(error: ApiError) -> bytes:
-    return b"data: " + error.body() + b"\n\n"
 
 
 def _model_object(card: ModelCard) -> dict[str, Any]:
@@ -629,6 +662,31 @@ def _as_api_error(error: Exception, prompt_param: str) -> ApiError:
             return ApiError(502, error.code, f"the node that computed this failed: {error.detail}")
         case Insufficient():
             return _insufficient(error)
+        case KeyReused():
+            return ApiError(
+                422,
+                "idempotency_key_reused",
+                "this Idempotency-Key was sent with another request: the same key must mean the same body; "
+                "use a new key for a new request",
+            )
+        case RunsElsewhere():
+            return ApiError(
+                409,
+                "idempotent_request_running",
+                "the first request with this Idempotency-Key still runs: try again shortly",
+                headers=[_retry_after(RETRY_AFTER_RUNNING_SECONDS)],
+            )
+        case Incomplete():
+            return ApiError(
+                409,
+                "idempotent_answer_incomplete",
+                "the first request with this Idempotency-Key broke off, and the log probabilities of what it delivered "
+                "were lost: ask again with a new key",
+            )
+        case StoreUnusable():
+            log.error("the database cannot be used", extra={"reason": str(error)})
+            detail = "the network's database does not answer: try again shortly"
+            return ApiError(503, "ledger_unavailable", detail, headers=[_retry_after(RETRY_AFTER_TEXT_SECONDS)])
         case Unavailable():
             return ApiError(503, "ledger_unavailable", error.detail, headers=[_retry_after(error.retry_after_seconds)])
         case TextError():
@@ -676,14 +734,6 @@ def _text_error(error: TextError, prompt_param: str) -> ApiError:
         case "network":
             status = 429 if error.code == "text_busy" else 503
             return ApiError(status, error.code, error.detail, headers=[_retry_after(RETRY_AFTER_TEXT_SECONDS)])
-
-
-def _first_cause(failures: BaseExceptionGroup[BaseException]) -> BaseException:
-    """What ended a request: the first thing that went wrong."""
-    failure: BaseException = failures
-    while isinstance(failure, BaseExceptionGroup):
-        failure = failure.exceptions[0]
-    return failure
 
 
 def _retry_after(seconds: float) -> tuple[bytes, bytes]:

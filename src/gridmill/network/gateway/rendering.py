@@ -25,7 +25,7 @@ from gridmill.network.gateway.requests import (
 )
 from gridmill.network.registry import ModelCard
 from gridmill.network.text import TextService
-from gridmill.wire.messages import Emission, Generate
+from gridmill.wire.messages import Emission
 from gridmill.wire.sampling import TokenLogprob
 
 FINGERPRINT_CHARACTERS = 16  # of the class id; more than the eight that NAME@CLASS8 takes
@@ -78,10 +78,10 @@ class Format(ABC):
     async def encode(texts: TextService, class_id: str, request: Any) -> list[list[int]]:
         """The request's prompts as token ids."""
 
-    def choice(self, index: int, work: Generate, hidden: frozenset[int]) -> Choice:
+    def choice(self, index: int, hidden: frozenset[int]) -> Choice:
         """`hidden` are the ids that end an answer and are not shown."""
         make = ScoredChoice if self._request.top_logprobs is not None else Choice
-        return make(self, index, work, stop=self._request.stop, hidden=hidden)
+        return make(self, index, stop=self._request.stop, hidden=hidden)
 
     @abstractmethod
     def logprobs(self, entries: Sequence[Scored]) -> dict[str, Any] | None:
@@ -239,11 +239,8 @@ Piece = tuple[str, Sequence[Scored]]
 class Choice:
     """One Work's ids on their way to text."""
 
-    def __init__(
-        self, form: Format, index: int, work: Generate, *, stop: tuple[str, ...], hidden: frozenset[int]
-    ) -> None:
+    def __init__(self, form: Format, index: int, *, stop: tuple[str, ...], hidden: frozenset[int]) -> None:
         self.index = index
-        self.work = work
         self.tokens = 0  # ids taken so far, hidden ones included
         self.complete = False  # a stop string is whole: what follows is not wanted
         self.finish_reason = "stop"
@@ -293,10 +290,8 @@ class ScoredChoice(Choice):
     without stop strings, tells where each id's text begins even while the first one holds text back.
     """
 
-    def __init__(
-        self, form: Format, index: int, work: Generate, *, stop: tuple[str, ...], hidden: frozenset[int]
-    ) -> None:
-        super().__init__(form, index, work, stop=stop, hidden=hidden)
+    def __init__(self, form: Format, index: int, *, stop: tuple[str, ...], hidden: frozenset[int]) -> None:
+        super().__init__(form, index, stop=stop, hidden=hidden)
         self._plain = TextStream(form.text, stop=(), hidden_ids=hidden)
         self._hidden = hidden
         self._vocabulary_size = len(form.text.texts)
