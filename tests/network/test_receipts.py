@@ -96,11 +96,12 @@ def run(body: Callable[[], Awaitable[None]]) -> None:
 class Grid:
     """A network and a node. What they say to each other lies in two lists until a test lets it pass."""
 
-    def __init__(self, store: Store, folder: Path) -> None:
+    def __init__(self, store: Store, folder: Path, network: Identity = NETWORK) -> None:
         self.store = store
+        self.key = network.public
         self.folder = folder
         self.now_ms = NOON
-        self.desk = Desk(store, NETWORK, self._send)
+        self.desk = Desk(store, network, self._send)
         self.outbox = self.new_outbox()
         self.to_node: list[Any] = []
         self.to_network: list[Countersigned] = []
@@ -119,7 +120,7 @@ class Grid:
         return self.linked
 
     def work(self, tokens: int = 5, recorded: bool = True, **more: Any) -> Segment:
-        made = ended(next(self.numbers), tokens)
+        made = msgspec.structs.replace(ended(next(self.numbers), tokens), network_key=self.key)
         if recorded:
             self.outbox.record(made)
         self.segments.append(segment(made, **more))
@@ -127,7 +128,7 @@ class Grid:
 
     async def settle(self, segments: Sequence[Segment], tell: bool = True) -> list[Unsigned]:
         async def action(tx: Transaction) -> list[Unsigned]:
-            return await receipts.settle(tx, NETWORK.public, segments, self.now_ms, DAY)
+            return await receipts.settle(tx, self.key, segments, self.now_ms, DAY)
 
         made = await self.store.run(action)
         if tell:
@@ -152,12 +153,12 @@ class Grid:
             return False
         message = self.to_node.pop(0)
         if isinstance(message, Receipts):
-            answer = await self.outbox.answer(NETWORK.public, message)
+            answer = await self.outbox.answer(self.key, message)
             assert answer is not None
             check(answer)
             self.to_network.append(answer)
         else:
-            self.outbox.acknowledged(NETWORK.public, message)
+            self.outbox.acknowledged(self.key, message)
         return True
 
     async def network_hears(self) -> bool:
@@ -167,7 +168,7 @@ class Grid:
         return True
 
     async def sign_again(self) -> None:
-        self.to_network += await self.outbox.unacknowledged(NETWORK.public)
+        self.to_network += await self.outbox.unacknowledged(self.key)
 
     async def rest(self) -> None:
         """Until nobody has anything to say."""
