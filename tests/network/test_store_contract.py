@@ -306,3 +306,26 @@ def test_a_database_from_a_newer_version_is_refused(database: Database) -> None:
 def test_the_tables_of_the_network_can_be_made(database: Database) -> None:
     with_store(database, nothing, operator.MIGRATIONS)
     with_store(database, nothing, operator.MIGRATIONS)
+
+
+def test_a_read_sees_one_picture_while_others_write_and_may_not_write_itself(database: Database) -> None:
+    async def body(store: Store) -> None:
+        await store.run(put(("a", 1, None, None)))
+        with pytest.raises(Exception, match=r"read-?only"):
+            await store.read(put(("b", 1, None, None)))
+
+        async def twice(tx: Transaction) -> tuple[int, int]:
+            first = len(await tx.all("SELECT box_id FROM boxes"))
+            asyncio.run_coroutine_threadsafe(store.run(put(("c", 1, None, None))), loop).result(10)
+            return first, len(await tx.all("SELECT box_id FROM boxes"))
+
+        async def twice_here(tx: Transaction) -> tuple[int, int]:
+            first = len(await tx.all("SELECT box_id FROM boxes"))
+            await store.run(put(("c", 1, None, None)))
+            return first, len(await tx.all("SELECT box_id FROM boxes"))
+
+        loop = asyncio.get_running_loop()
+        assert await store.read(twice if database.kind == "sqlite" else twice_here) == (1, 1)
+        assert len(await store.read(ask("SELECT box_id FROM boxes"))) == 2
+
+    with_store(database, body)

@@ -120,7 +120,7 @@ class Operations:
             raise ControlError(str(problem)) from problem
 
     async def accounts_list(self) -> list[dict[str, Any]]:
-        money = await self._store.run(lambda tx: balances.of_users(tx))
+        money = await self._store.read(lambda tx: balances.of_users(tx))
         return [
             {
                 **_account(row),
@@ -132,7 +132,7 @@ class Operations:
 
     async def accounts_show(self, account: str) -> dict[str, Any]:
         row = await self._find(account)
-        nodes = await self._store.run(lambda tx: accounts_module.nodes_of(tx, row.account_id))
+        nodes = await self._store.read(lambda tx: accounts_module.nodes_of(tx, row.account_id))
         return {
             **_account(row),
             **await self._balance(row.account_id),
@@ -192,13 +192,13 @@ class Operations:
             raise Unknown(str(problem)) from problem
 
     async def _balance(self, account_id: AccountId) -> dict[str, int]:
-        return _balance(*await self._store.run(lambda tx: balances.of_user(tx, account_id)))
+        return _balance(*await self._store.read(lambda tx: balances.of_user(tx, account_id)))
 
     async def _keys(self, rows: Iterable[KeyRow]) -> list[dict[str, Any]]:
         """Keys as they are listed, with what is left of their budgets."""
         rows = list(rows)
         limited = sorted(row.key_id for row in rows if row.budget_nanocredits is not None)
-        spent = await self._store.run(lambda tx: balances.committed(tx, limited)) if limited else {}
+        spent = await self._store.read(lambda tx: balances.committed(tx, limited)) if limited else {}
         return [
             {
                 **msgspec.structs.asdict(row),
@@ -259,7 +259,7 @@ class Operations:
         if account is not None:
             row = await self._find(account)
             return {**_account(row), **await self._balance(row.account_id)}
-        rows = sorted((await self._store.run(ledger.balances)).items())
+        rows = sorted((await self._store.read(ledger.balances)).items())
         return [{"ledger_account": name, "balance_nanocredits": balance} for name, balance in rows]
 
     async def ledger_history(self, account: str, limit: int = 50) -> list[dict[str, Any]]:
@@ -267,7 +267,7 @@ class Operations:
         if type(limit) is not int or not 1 <= limit <= HISTORY_ROWS_MAX:
             raise ControlError(f"a history shows 1 to {HISTORY_ROWS_MAX} transfers")
         row = await self._find(account)
-        return await self._store.run(lambda tx: balances.history(tx, row.account_id, limit))
+        return await self._store.read(lambda tx: balances.history(tx, row.account_id, limit))
 
     async def ledger_check(self) -> dict[str, Any]:
         """Proves the books: every transfer adds up to zero, and every balance is the sum of its entries."""
@@ -275,7 +275,7 @@ class Operations:
         async def check(transaction: Transaction) -> dict[str, Any]:
             return {"problems": await ledger.check(transaction), **await balances.counted(transaction)}
 
-        return await self._store.run(check)
+        return await self._store.read(check)
 
     async def usage(
         self, account: str | None = None, since: str | None = None, until: str | None = None, group: str = ""
@@ -287,7 +287,7 @@ class Operations:
         except ValueError as problem:
             raise ControlError(str(problem)) from problem
         account_id: AccountId | None = None if account is None else (await self._find(account)).account_id
-        return usage.grouped(await self._store.run(lambda tx: usage.read(tx, account_id, span)), parts)
+        return usage.grouped(await self._store.read(lambda tx: usage.read(tx, account_id, span)), parts)
 
     # ------------------------------------------------------------ classes and status
 

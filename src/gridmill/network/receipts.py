@@ -588,7 +588,7 @@ async def period_entries(store: Store, start: int, seconds: int) -> list[bytes]:
         )
 
     entries: list[bytes] = []
-    for _, class_id, chain, node_key in sorted(await store.run(chains_of)):
+    for _, class_id, chain, node_key in sorted(await store.read(chains_of)):
         seq = 0
         while True:
 
@@ -598,7 +598,7 @@ async def period_entries(store: Store, start: int, seconds: int) -> list[bytes]:
                     *(chain, after),
                 )
 
-            rows = await store.run(page)
+            rows = await store.read(page)
             key = bytes(node_key)
             for (packed,) in rows:
                 seq += 1

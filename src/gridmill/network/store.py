@@ -26,6 +26,7 @@ T = TypeVar("T")
 GROUP_COMMIT_WRITES_MAX = 512  # beyond this a single slow disk flush would make the oldest caller wait too long
 PENDING_WRITES_MAX = 10_000  # a disk that hangs must turn into an error, not into memory
 AMONG_VALUES_MAX = 512  # values in one IN list; more are asked for in several statements
+APPEND_VALUES_MAX = 999  # in one INSERT: what every SQLite takes
 
 Migration = str
 Row = tuple[Any, ...]
@@ -89,6 +90,10 @@ class Store(Protocol):
 
         An exception of `action` undoes that action alone and is raised here. Cancelling the caller does not undo it.
         """
+        ...
+
+    async def read(self, action: Action[T]) -> T:
+        """Runs an action that only reads, on one unchanging picture of the database, without holding up writes."""
         ...
 
     def listen(self, changed: Changed) -> None:
@@ -173,6 +178,21 @@ class SqliteStore:
             ) from None
         return await asyncio.wrap_future(future)
 
+    async def read(self, action: Action[T]) -> T:
+        return await asyncio.to_thread(self._read, action)
+
+    def _read(self, action: Action[T]) -> T:
+        try:
+            connection = sqlite3.connect(f"{self._path.resolve().as_uri()}?mode=ro", uri=True, isolation_level=None)
+            try:
+                connection.execute("PRAGMA busy_timeout = 5000")
+                connection.execute("BEGIN")
+                return _run_at_once(action(_SqliteTransaction(connection, self._wall_clock)))
+            finally:
+                connection.close()
+        except sqlite3.OperationalError as error:
+            raise StoreUnusable(f"{self._path} cannot be read ({error})") from error
+
     def listen(self, changed: Changed) -> None:
         self._listeners.append(changed)
 
@@ -234,8 +254,17 @@ class _SqliteTransaction:
         self._connection.executemany(sql, rows)
 
     async def append(self, table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        marks = ",".join("?" * len(columns))
-        self._connection.executemany(f"INSERT INTO {table} ({','.join(columns)}) VALUES ({marks})", rows)
+        # Many rows in each statement, because the module lets go of Python's lock for every one: a thread that has to
+        # win it back for each row stands still while the event loop is busy (measured: 320 µs a row instead of 5).
+        insert, marks = f"INSERT INTO {table} ({','.join(columns)}) VALUES ", f"({','.join('?' * len(columns))})"
+        start, room = 0, 1 << (APPEND_VALUES_MAX // len(columns)).bit_length() - 1
+        while start < len(rows):
+            # Few different lengths share prepared statements.
+            while room > len(rows) - start:
+                room >>= 1
+            values = [value for row in rows[start : start + room] for value in row]
+            self._connection.execute(insert + ",".join([marks] * room), values)
+            start += room
 
     async def among(self, sql: str, values: Sequence[Any], *, lock: bool = False) -> list[Row]:
         found: list[Row] = []  # there is one writer, so every row is ours until the commit

@@ -143,6 +143,11 @@ class PostgresStore:
         running.add_done_callback(self._running.discard)
         return await asyncio.shield(running)
 
+    async def read(self, action: Action[T]) -> T:
+        if self._pool is None:
+            raise StoreUnusable(f"{self._name} is closed")
+        return await self._run(action, self._pool, "REPEATABLE READ READ ONLY")
+
     def listen(self, changed: Changed) -> None:
         """What was announced since `open` is heard as well."""
         self._listeners.append(changed)
@@ -163,11 +168,11 @@ class PostgresStore:
             except UNREACHABLE:
                 pool.terminate()  # there is nobody left to say goodbye to
 
-    async def _run(self, action: Action[T], pool: Any) -> T:
+    async def _run(self, action: Action[T], pool: Any, isolation: str = "READ COMMITTED") -> T:
         races = unique_violations = lost = 0
         while True:
             try:
-                return await self._attempt(action, pool)
+                return await self._attempt(action, pool, isolation)
             except (asyncpg.SerializationError, asyncpg.DeadlockDetectedError):
                 races += 1
                 if races >= RACES_MAX:
@@ -184,14 +189,14 @@ class PostgresStore:
                         f"{self._name} keeps ending its connections ({error}): nothing was kept"
                     ) from error
 
-    async def _attempt(self, action: Action[T], pool: Any) -> T:
+    async def _attempt(self, action: Action[T], pool: Any, isolation: str) -> T:
         try:
             connection = await pool.acquire(timeout=WAIT_SECONDS_MAX)
         except UNREACHABLE as error:
             raise StoreUnusable(f"{self._name} cannot be reached ({_reason(error)}): nothing was kept") from error
         committing = False
         try:
-            await connection.execute("BEGIN ISOLATION LEVEL READ COMMITTED")
+            await connection.execute(f"BEGIN ISOLATION LEVEL {isolation}")
             transaction = _PostgresTransaction(connection, self._wall_clock)
             result = await action(transaction)
             await transaction.write_announcements()
@@ -459,8 +464,13 @@ def _as_sqlite_says_it() -> Iterator[None]:
 
 
 def _server_settings() -> dict[str, str]:
-    """A gateway that vanishes without a word must not keep its locks for the two hours that TCP allows."""
+    """A gateway that vanishes without a word must not keep its locks for the two hours that TCP allows.
+
+    What we ask for, we ask for by key. PostgreSQL would read whole tables for it as long as its statistics are those of
+    the empty ones, and a young network's settlements would take ever longer (measured: 75 ms for 27 000 transfers).
+    """
     return {
+        "enable_seqscan": "off",
         "application_name": "gridmill",
         "idle_in_transaction_session_timeout": f"{STATEMENT_SECONDS_MAX:.0f}s",
         "tcp_keepalives_idle": "10",

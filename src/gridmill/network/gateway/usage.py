@@ -100,7 +100,7 @@ class UsageApi:
                 await usage.earned(transaction, account.account_id, span) if serves else [],
             )
 
-        (available, held), budget, used, earned = await self._store.run(read)
+        (available, held), budget, used, earned = await self._store.read(read)
         answer: dict[str, Any] = {
             "object": "usage",
             "from": usage.day_text(span.since),
@@ -149,7 +149,7 @@ class UsageApi:
         rows = self._registry.price_rows(card.class_id)
         cap = _cap(wanted)
         costs = [most(row, input_tokens, max_tokens) for row in rows if within(row, cap)]
-        available, _ = await self._store.run(lambda tx: balances.of_user(tx, account.account_id))
+        available, _ = await self._store.read(lambda tx: balances.of_user(tx, account.account_id))
         return {
             "object": "quote",
             "model": card.name,
