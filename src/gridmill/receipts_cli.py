@@ -254,6 +254,7 @@ def _facts(found: Any) -> dict[str, Any]:
         "charge_nanocredits": found.charge_nanocredits,
         "not_countersigned": found.leaves_not_countersigned,
         "without_root": found.unproven,
+        "claims_over_another_output": found.claims_wrong,
         "disputed_statements": found.disputed,
         "roots": found.roots,
         "notes": found.notes,
@@ -267,6 +268,8 @@ def _summary(found: Any, *, trusted: bool) -> str:
     ]
     if found.leaves_not_countersigned:
         lines.append(f"  {found.leaves_not_countersigned} leaves are not countersigned by their node (yet)")
+    if found.claims_wrong:
+        lines.append(f"  {found.claims_wrong} leaves carry a claim of their node that is not over the output counted")
     if found.unproven:
         lines.append(f"  {found.unproven} leaves are of periods that are open: no root proves them yet")
     lines += [f"  {note}" for note in found.notes]

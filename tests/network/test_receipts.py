@@ -452,7 +452,7 @@ def test_a_network_that_counts_less_than_was_sent_is_taken_at_its_word(tmp_path:
         grid.join()
         made = ended(1, tokens=5)
         grid.outbox.record(made)
-        await grid.settle([segment(made, tokens=3)])
+        await grid.settle([segment(made, tokens=3, claim=made.claim)])
         await grid.rest()
         assert (await grid.totals())[:2] == (1, 1)
 

@@ -73,19 +73,23 @@ def test_what_is_wrong_with_totals_is_named() -> None:
 
 
 def test_what_is_wrong_with_a_leaf_is_named() -> None:
+    assert receipts.leaf_problem(LEAF) is None
+    for changed, word in (
+        ({"pay_nanocredits": LEAF.pay_nanocredits + 1}, "pays"),
+        ({"cached_tokens": LEAF.input_tokens + 1}, "cached"),
+    ):
+        problem = receipts.leaf_problem(msgspec.structs.replace(LEAF, **changed))
+        assert problem is not None and word in problem
+
+
+def test_a_claim_is_over_one_output_of_one_work_in_one_class() -> None:
     claim = NODE.sign(receipts.claim_bytes(LEAF.work_id, LEAF.epoch, "e" * 64, LEAF.output_hash, LEAF.commit_root))
     fine = msgspec.structs.replace(LEAF, claim=claim)
-    assert receipts.leaf_problem(fine, NODE.public, "e" * 64) is None
-    assert receipts.leaf_problem(msgspec.structs.replace(fine, claim=b""), NODE.public, "e" * 64) is None
-    for changed, word in (
-        ({"pay_nanocredits": fine.pay_nanocredits + 1}, "pays"),
-        ({"cached_tokens": fine.input_tokens + 1}, "cached"),
-        ({"claim": bytes(64)}, "claim"),
-        ({"output_hash": bytes(32)}, "claim"),
-    ):
-        problem = receipts.leaf_problem(msgspec.structs.replace(fine, **changed), NODE.public, "e" * 64)
-        assert problem is not None and word in problem
-    assert "claim" in (receipts.leaf_problem(fine, NODE.public, "f" * 64) or "")
+    assert receipts.claim_holds(fine, NODE.public, "e" * 64)
+    assert not receipts.claim_holds(fine, NODE.public, "f" * 64)
+    assert not receipts.claim_holds(fine, NETWORK.public, "e" * 64)
+    for changed in ({"claim": bytes(64)}, {"output_hash": bytes(32)}, {"work_id": "work-2"}, {"epoch": 2}):
+        assert not receipts.claim_holds(msgspec.structs.replace(fine, **changed), NODE.public, "e" * 64)
 
 
 def reference_root(entries: list[bytes]) -> bytes:

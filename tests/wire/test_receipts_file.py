@@ -271,6 +271,13 @@ def test_pay_that_is_not_what_the_price_makes_is_named_though_both_sides_signed(
     assert len(found.problems) == 20, "each leaf once, and nothing else: totals and signatures agree"
 
 
+def test_a_claim_over_another_output_is_counted_and_wrong_only_when_strict() -> None:
+    lines = Books(change=lambda one: msgspec.structs.replace(one, claim=bytes(64))).lines()
+    found = checked(lines)
+    assert not found.problems and found.claims_wrong == 20
+    assert "claim that is not over" in sentences(checked(lines, strict=True))
+
+
 def test_a_root_that_leaves_out_a_leaf_is_named() -> None:
     books, short = Books(), Books(19)
     lines = [short.root() if line["kind"] == "root" else line for line in books.lines()]

@@ -363,14 +363,14 @@ class Outbox:
             salts.append(salt)
             return None
         work = connection.execute(
-            "SELECT class_id, price, salt, prompt_hash, input_tokens, start, ids, kept, claim FROM works "
+            "SELECT class_id, price, salt, prompt_hash, input_tokens, start, ids, claim FROM works "
             "WHERE network_key = ? AND work_id = ? AND epoch = ?",
             (said.network_key, leaf.work_id, leaf.epoch),
         ).fetchone()
         if work is None:
             unrecorded.append(leaf.work_id)
             salts.append(b"")
-            problem = rules.leaf_problem(leaf, said.node_key, said.class_id)
+            problem = rules.leaf_problem(leaf)
         else:
             salts.append(work[2])
             problem = _work_problem(work, said.class_id, leaf)
@@ -428,7 +428,7 @@ def _totals_problem(before: Statement | None, signed: SignedStatement) -> str | 
 
 def _work_problem(work: tuple[Any, ...], class_id: str, leaf: Leaf) -> str | None:
     """Where a leaf differs from what this node wrote down of the work."""
-    work_class, packed_price, salt, prompt_hash, input_tokens, start, ids, kept, claim = work
+    work_class, packed_price, salt, prompt_hash, input_tokens, start, ids, claim = work
     price = msgspec.msgpack.decode(packed_price, type=Price)
     if work_class != class_id:
         return "is in the books of another class"
@@ -446,8 +446,8 @@ def _work_problem(work: tuple[Any, ...], class_id: str, leaf: Leaf) -> str | Non
         return f"counts {leaf.output_tokens} output tokens, but this node sent {len(ids) // 4}"
     if leaf.output_hash != rules.ids_hash(salt, ids[: 4 * leaf.output_tokens]):
         return f"is not over the first {leaf.output_tokens} ids that this node sent"
-    if leaf.claim and (leaf.claim != claim or leaf.output_tokens != kept or leaf.commit_root):
-        return "carries a claim that this node did not make over this output"
+    if leaf.claim and (leaf.claim != claim or leaf.commit_root):
+        return "carries a claim that this node did not make"
     pay = rules.pay_of(price, leaf.input_tokens, leaf.cached_tokens, leaf.output_tokens)
     if leaf.pay_nanocredits != pay:
         return f"pays {leaf.pay_nanocredits} nanocredits, but its tokens at its price make {pay}"

@@ -237,7 +237,7 @@ class Leaf(msgspec.Struct, frozen=True, array_like=True):
     ones. `cached_tokens` is part of `input_tokens`. `pay_nanocredits` is what the node earns, `charge_nanocredits` what
     the user pays for this segment, the network's fee included. `finish`: stop, length, cancelled, failed or lost.
     `prompt_hash` covers the prompt alone in every segment, `output_hash` the ids that `output_tokens` counts. `claim`
-    is what the node signed in its End when that was over just this output, else empty.
+    is the signature of the node's End, as it came; empty when there was none.
     """
 
     work_id: str

@@ -190,6 +190,7 @@ class Found:
     disputed: int = 0
     unproven: int = 0  # entries whose period is open
     roots: int = 0
+    claims_wrong: int = 0  # not over the output that was counted, which is no matter of money
 
     @property
     def leaves_not_countersigned(self) -> int:
@@ -214,7 +215,7 @@ def check(
     """Reads a file from its first line to its last and checks all that its keys can prove.
 
     `network_key` and `node_key` are those that the file should be about. `strict` makes leaves without a
-    countersignature, and entries without a root, problems too.
+    countersignature, entries without a root, and claims over another output problems too.
     """
     reader = _Reader(Found(name), network_key, node_key)
     for number, raw in enumerate(lines, 1):
@@ -230,6 +231,8 @@ def check(
     found = reader.found
     if strict and found.leaves_not_countersigned:
         reader.say(f"{found.leaves_not_countersigned} leaves are not countersigned by their node", whole=True)
+    if strict and found.claims_wrong:
+        reader.say(f"{found.claims_wrong} leaves carry a claim that is not over their output", whole=True)
     if strict and found.unproven:
         reader.say(f"{found.unproven} leaves are of periods that have no root yet", whole=True)
     return found
@@ -464,7 +467,9 @@ class _Reader:
         earlier = self._works.setdefault((opening.network_key, leaf.work_id, leaf.epoch), self.line)
         if earlier != self.line:
             self.say(f"work {leaf.work_id} is receipted twice: also in line {earlier}")
-        problem = rules.leaf_problem(leaf, opening.node_key, opening.class_id)
+        if leaf.claim and not rules.claim_holds(leaf, opening.node_key, opening.class_id):
+            self.found.claims_wrong += 1
+        problem = rules.leaf_problem(leaf)
         if problem is not None:
             self.say(f"leaf {seq} (work {leaf.work_id}) {problem}")
 
