@@ -526,9 +526,9 @@ class Books:
                 self._forget(purse)
                 return await self._lease(purse, amount, at_least)
         else:
-            fence = await self._fence(purse.source)
+            fence, now_ms = await self._fence(purse.source)
             lease_id = f"lease:{purse.payer.account_id}:{fence}"
-            expires_ms = await self._now_ms() + int(self._lease_seconds * 1000)
+            expires_ms = now_ms + int(self._lease_seconds * 1000)
             result = await self._ask(
                 Pend(
                     lease_id,
@@ -923,15 +923,17 @@ class Books:
 
     # ------------------------------------------------------------ small things
 
-    async def _fence(self, source: str) -> int:
-        async def advance(transaction: Transaction) -> int:
+    async def _fence(self, source: str) -> tuple[int, int]:
+        """A number that no lease of this account ever had, and the time."""
+
+        async def advance(transaction: Transaction) -> tuple[int, int]:
             row = await transaction.one(
                 "INSERT INTO lease_fences (source, fence) VALUES (?, 1)"
                 " ON CONFLICT (source) DO UPDATE SET fence = lease_fences.fence + 1 RETURNING fence",
                 source,
             )
             assert row is not None
-            return int(row[0])
+            return int(row[0]), await transaction.now_ms()
 
         return await self._run(advance)
 
