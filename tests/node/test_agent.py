@@ -68,11 +68,10 @@ def work(engine: Any, number: int = 1, max_tokens: int = 10, delivered: tuple[in
 class Cable:
     """The node's channel, and the network at the other end of it."""
 
-    def __init__(self) -> None:
-        identity = Identity(secrets.token_bytes(32))
-        node_side = NodeSide(identity, "mill.example", "test")
+    def __init__(self, node: Identity | None = None, network: Identity | None = None) -> None:
+        node_side = NodeSide(node or Identity(secrets.token_bytes(32)), "mill.example", "test")
         self.node = Link(node_side, entropy=secrets.token_bytes, now=0.0)
-        network_side = NetworkSide(Identity(secrets.token_bytes(32)), ("mill.example",), "test")
+        network_side = NetworkSide(network or Identity(secrets.token_bytes(32)), ("mill.example",), "test")
         self.network = Link(network_side, entropy=secrets.token_bytes, now=0.0)
         self.heard: list[Any] = []  # messages that reached the network
         self.frames_due = False
