@@ -85,26 +85,25 @@ def test_a_misspelt_variable_is_refused_and_another_programs_is_not(tmp_path: Pa
         settings(tmp_path, {"GRIDMILL_SLOT": "1"})
 
 
-@pytest.mark.parametrize(
-    ("text", "price"),
-    [
-        ("50/400", Price(50, 50, 400)),
-        ("50/10/400", Price(50, 10, 400)),
-        ("0/0", Price()),
-        ("1000000000/1/0", Price(10**9, 1, 0)),
-    ],
-)
-def test_a_price_is_read_as_people_write_it(text: str, price: Price) -> None:
-    assert load_node_settings({"network": "http://a", "price": text}, {}).asked_price == price
+PRICES = {
+    "50/400": Price(50, 50, 400),
+    "50/10/400": Price(50, 10, 400),
+    "0/0": Price(),
+    "1000000000/1/0": Price(10**9, 1, 0),
+}
+NO_PRICES = ("", "50", "a/b", "-1/2", "1/2/3/4", "10/50/400", "1.5/2", "1000000001/1", "٣/٤", "1/2 ")
 
 
-def test_a_node_without_a_price_asks_nothing() -> None:
-    assert load_node_settings({"network": "http://a"}, {}).asked_price == Price()
+@pytest.mark.parametrize("text", PRICES)
+def test_a_price_is_read_as_people_write_it(tmp_path: Path, text: str) -> None:
+    assert settings(tmp_path, price=text).asked_price == PRICES[text]
 
 
-@pytest.mark.parametrize(
-    "text", ["", "50", "a/b", "-1/2", "1/2/3/4", "10/50/400", "1.5/2", "1000000001/1", "٣/٤", "1/2 "]
-)
-def test_a_price_that_is_none_is_one_sentence_that_names_the_flag(text: str) -> None:
+def test_a_node_without_a_price_asks_nothing(tmp_path: Path) -> None:
+    assert settings(tmp_path).asked_price == Price()
+
+
+@pytest.mark.parametrize("text", NO_PRICES)
+def test_a_price_that_is_none_is_one_sentence_that_names_the_flag(tmp_path: Path, text: str) -> None:
     with pytest.raises(SettingsError, match=r"^--price must be INPUT/OUTPUT"):
-        load_node_settings({"network": "http://a", "price": text}, {})
+        settings(tmp_path, price=text)
