@@ -291,6 +291,7 @@ async def show(
 ) -> None:
     """Tells one caller the whole answer, from its first id. Raises ClientGone, or what ended the run."""
     recording.readers += 1
+    was_whole = recording.whole
     try:
         with exchange.client.present():
             while recording.asked is None:
@@ -301,7 +302,7 @@ async def show(
             exchange.request_id = recording.asked.request_id
             exchange.class_id = recording.asked.class_id
             exchange.nodes = recording.nodes
-            exchange.replayed = recording.replayed
+            exchange.replayed = was_whole or recording.replayed
             form, hidden = shape(recording.asked)
             reader = _Reader(exchange, form, request, recording, hidden)
             try:
