@@ -328,8 +328,6 @@ class Books:
         self._settlements: list[_Settlement] = []
         self._announcements: list[tuple[str, str]] = []
         self._wake = asyncio.Event()
-        self._flushed = asyncio.Event()
-        self._flushed.set()
         self._timer: asyncio.TimerHandle | None = None
         self._reclaims: dict[str, tuple[set[str], asyncio.Event]] = {}
         self._closing = False
@@ -698,7 +696,8 @@ class Books:
             self._wake.clear()
             batch = self._collect()
             if batch is None:
-                self._flushed.set()
+                if self._live:
+                    self._flush_soon()  # what they are given shows at the next tick
                 continue
             while True:
                 try:
