@@ -346,11 +346,12 @@ def _status(arguments: argparse.Namespace, environ: Environment) -> int:
     print()
     print(
         table(
-            ("NODE", "MODELS", "RUNNING", "TOKENS/S", "KV PAGES", "ROUND TRIP", ""),
+            ("NODE", "MODELS", "PRICE", "RUNNING", "TOKENS/S", "KV PAGES", "ROUND TRIP", ""),
             [
                 (
                     n["node_id"],
                     ", ".join(n["models"]),
+                    ", ".join("/".join(map(str, price)) if any(price) else "free" for price in n["prices_nanocredits"]),
                     f"{n['running']}/{n['slots']}",
                     f"{n['tokens_per_second']:.0f}",
                     f"{n['kv_pages_used']}/{n['kv_pages_total']}",

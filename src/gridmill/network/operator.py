@@ -374,6 +374,7 @@ class Operations:
                     "owner_id": record.owner_id,
                     "software": record.software,
                     "models": [offer.name for offer in record.offers.values()],
+                    "prices_nanocredits": [msgspec.to_builtins(offer.price) for offer in record.offers.values()],
                     "connected_seconds": round(self._now() - record.joined_seconds, 1),
                     "draining": record.draining,
                     "running": sum(record.in_flight.values()),
