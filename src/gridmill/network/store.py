@@ -65,6 +65,10 @@ class Transaction(Protocol):
         the values: sort them, so that two transactions never wait for each other."""
         ...
 
+    async def reads_everything(self) -> None:
+        """What follows reads whole tables: the database need not look for rows by their keys."""
+        ...
+
     async def now_ms(self) -> int:
         """Milliseconds since 1970 by the one clock that all gateways of this database share."""
         ...
@@ -275,6 +279,9 @@ class _SqliteTransaction:
             part += part[-1:] * (room - len(part))
             found += self._connection.execute(sql.replace("??", ",".join("?" * room)), part).fetchall()
         return found
+
+    async def reads_everything(self) -> None:
+        pass  # SQLite looks for the best way each time
 
     async def now_ms(self) -> int:
         return int(self._wall_clock() * 1000)

@@ -356,6 +356,9 @@ class _PostgresTransaction:
         with _as_sqlite_says_it():
             return [tuple(row) for row in await self._connection.fetch(_of_array(sql, lock), values)]
 
+    async def reads_everything(self) -> None:
+        await self._connection.execute("SET LOCAL enable_seqscan = on")
+
     async def now_ms(self) -> int:
         if self._wall_clock is not None:
             return int(self._wall_clock() * 1000)
@@ -466,8 +469,8 @@ def _as_sqlite_says_it() -> Iterator[None]:
 def _server_settings() -> dict[str, str]:
     """A gateway that vanishes without a word must not keep its locks for the two hours that TCP allows.
 
-    What we ask for, we ask for by key. PostgreSQL would read whole tables for it as long as its statistics are those of
-    the empty ones, and a young network's settlements would take ever longer (measured: 75 ms for 27 000 transfers).
+    What we ask for, we ask for by key. PostgreSQL would read whole tables for it while its statistics are those of
+    empty ones, and a young network's settlements would take ever longer (measured: 75 ms over 27 000 transfers).
     """
     return {
         "enable_seqscan": "off",
