@@ -385,4 +385,4 @@ def test_money_is_sound_in_the_book_alone() -> None:
 
 
 def test_money_is_sound_in_a_database(empty: Any, database: Database) -> None:
-    run(empty, *((15, 20) if database.shared else (100, 50)))
+    run(empty, *((15, 20) if database.shared else (50, 40)))
