@@ -24,7 +24,7 @@ from gridmill.node.outbox import Ended, Outbox
 from gridmill.wire import receipts as rules
 from gridmill.wire.codec import LEAVES_MAX, check
 from gridmill.wire.identity import Identity, node_id_of
-from gridmill.wire.messages import Acknowledged, Countersigned, Leaf, Price, Receipts, Statement
+from gridmill.wire.messages import Acknowledged, Countersignature, Countersigned, Leaf, Price, Receipts, Statement
 from gridmill.wire.sampling import pack_ids
 
 NETWORK = Identity(b"n" * 32)
@@ -380,10 +380,38 @@ def test_a_node_that_is_slow_to_answer_falls_behind_and_catches_up(tmp_path: Pat
         assert peer.behind and not peer.backlog, "over the backlog the database takes over"
         await grid.rest()
         assert (await grid.totals())[:2] == (3000, 3000)
-        assert not peer.behind
+        assert not peer.behind and not peer.sent_again, "nothing was left out on the way"
         await grid.settle([grid.work()])
         await grid.rest()
         assert (await grid.totals())[:2] == (3001, 3001)
+
+    with_grid(tmp_path, body)
+
+
+def test_what_a_node_misses_on_a_live_link_is_sent_again_once(tmp_path: Path) -> None:
+    async def body(grid: Grid) -> None:
+        grid.join()
+        await grid.settle([grid.work()])
+        await grid.rest()
+        await grid.settle([grid.work()])
+        await grid.desk._work_off()
+        assert isinstance(grid.to_node.pop(), Receipts)  # lost, which a link does not do
+        await grid.settle([grid.work()])
+        await grid.rest()
+        assert (await grid.totals())[:2] == (3, 3)
+        assert len(grid.desk._peers[NODE_ID].sent_again) == 1
+        # A node that goes on saying so is not sent the same for ever.
+        await grid.settle([grid.work()])
+        await grid.desk._work_off()
+        (signed,) = grid.to_node.pop().statements
+        for times in (1, 0, 0):
+            missing = Countersignature(
+                CLASS, signed.statement.period_start_seconds, signed.statement.seq, b"", "missing"
+            )
+            grid.desk.countersigned(NODE_ID, Countersigned((missing,)))
+            await grid.desk._work_off()
+            assert len(grid.to_node) == times
+            grid.to_node.clear()
 
     with_grid(tmp_path, body)
 
