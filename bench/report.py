@@ -112,7 +112,7 @@ def ledger() -> Iterator[str]:
         "Aims (design): ≥ 20,000 on SQLite, on a machine whose bare group commits made 80,000; ≥ 4,000 on\n"
         "PostgreSQL, where single commits made 3,800.\n"
     )
-    yield "One request at a time over HTTP to a real node. Without a price nothing is held; usage and receipts are kept.\n"
+    yield "One request at a time over HTTP to a real node; without a price nothing is held, the rest is the same.\n"
     yield "| | p50 | p99 |"
     yield "|---|---|---|"
     for name in ("free node", "priced node"):
