@@ -37,6 +37,7 @@ from gridmill.wire.messages import (
     Generate,
     Offer,
     Offers,
+    Price,
     Refuse,
     Step,
 )
@@ -82,9 +83,12 @@ class MemorySocket:
 class ScriptedNode:
     """A node whose answers the test writes: `script(node, offer)` runs for each offer."""
 
-    def __init__(self, script: Callable[[ScriptedNode, Offer], Awaitable[None]], slots: int) -> None:
+    def __init__(
+        self, script: Callable[[ScriptedNode, Offer], Awaitable[None]], slots: int, price: Price | None = None
+    ) -> None:
         self.script = script
         self.slots = slots
+        self.price = price or Price()
         self.heard: list[object] = []
         self.news = asyncio.Event()
         self.identity = Identity(os.urandom(32))
@@ -113,7 +117,7 @@ class ScriptedNode:
     def on_event(self, event: Event) -> None:
         match event:
             case Opened():
-                self.send(Offers((ClassOffer("demo", CLASS, self.slots, "echo"),)))
+                self.send(Offers((ClassOffer("demo", CLASS, self.slots, "echo", price=self.price),)))
             case Arrived(message=Fetch(transfer=number, sha256=sha256)):
                 data = {CLASS.tokenizer_sha256: self.tokenizer, CLASS.text_facts_sha256: facts_bytes(FACTS)}[sha256]
                 self.send(Chunk(number, 0, len(data), data))
@@ -287,7 +291,9 @@ def test_a_work_is_placed_answered_and_its_place_freed(tmp_path: Path) -> None:
         reader = Reader()
         outcome = await reader.serve(world, work(600))  # more than the first credit: grants must flow
         assert reader.ids == [100 + n % 100 for n in range(600)]
-        assert outcome == Outcome("length", 600, 0, tuple(reader.nodes))  # the node claims 2 cached: only our record counts
+        assert outcome == Outcome(
+            "length", 600, 0, tuple(reader.nodes)
+        )  # the node claims 2 cached: only our record counts
         assert len(reader.nodes) == 1 and len(node.heard_of(Credit)) >= (600 - STREAM_CREDIT_IDS) // STREAM_CREDIT_IDS
         await world.idle()
         assert world.in_flight == 0 and world.observer.tokens == 600
