@@ -233,6 +233,8 @@ TABLES = {
         pend M alice>alice/hold 970 until=900 key=k -> ok 970
         committed k 1000
         pend N alice>alice/hold 1 until=900 key=k -> insufficient 0 balance
+        budget k 10
+        pend N alice>alice/hold 1 until=900 key=k -> insufficient 0 balance
         """,
     "a key without a budget is counted all the same": """
         transfer c1 rail-100 alice+100 -> ok 100

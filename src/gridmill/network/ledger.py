@@ -485,8 +485,10 @@ class Book:
         elif not row.outside:
             room = row.balance
         key = self.keys[key_id] if key_id else None
-        if key is not None and key.budget is not None and key.budget - key.committed < room:
-            room, limited_by = max(key.budget - key.committed, 0), "budget"
+        if key is not None and key.budget is not None:
+            left = max(key.budget - key.committed, 0)  # a budget may be lowered below what is out already
+            if left < room:
+                room, limited_by = left, "budget"
         taken = min(command.amount, room)
         if taken < (command.amount if command.at_least < 0 else command.at_least):
             return Refused("insufficient", room, "budget" if limited_by == "budget" else "balance")
