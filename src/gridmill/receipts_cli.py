@@ -42,7 +42,9 @@ def add_receipts_commands(commands: Any) -> None:
     export.add_argument("-o", "--output", metavar="FILE", help="file to write (default: standard output)")
 
     show = operator_command(receipts, "show", _show, "show the receipts of one work")
-    show.add_argument("work", metavar="WORK_ID", help="the work's id, as in a response's x-gridmill-request-id")
+    show.add_argument(
+        "work", metavar="WORK_ID", help="an answer's id, such as chatcmpl-…, or that of one of its choices"
+    )
     for command in (export, show):
         command.add_argument(
             "--of",

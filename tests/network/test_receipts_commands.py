@@ -130,6 +130,8 @@ def test_one_work_is_shown_by_both_sides(folder: Path, capsys: pytest.CaptureFix
     assert code == 0 and entry["leaf"]["work_id"] == "work-2" and entry["statement"]["node_signature"]
     code, said = run(capsys, "show", "--data", folder, "work-5000")
     assert code == 0 and "not countersigned" in said
+    code, said = run(capsys, "show", "--data", folder, "--json", "work")
+    assert code == 0 and len(json.loads(said)) == 2 * (PAGE_LEAVES + 51), "all works whose ids begin so"
     code, said = run(capsys, "show", "--data", folder, "nothing")
     assert code == 1 and "no receipt" in said
 

@@ -216,14 +216,14 @@ class Exporter:
     # ------------------------------------------------------------ one work
 
     async def show(self, work_id: str) -> list[Line]:
-        """All leaves of a work, each with the statement that covers it, as plain JSON values."""
+        """All leaves of a work, or of an answer's works, each with the statement that covers it: plain JSON values."""
 
         async def read(tx: Transaction) -> list[Line]:
             shown: list[Line] = []
             for seq, leaf, salt, account_id, key_id, model, chain in await tx.all(
-                "SELECT seq, leaf, salt, account_id, key_id, model, chain FROM receipt_leaves WHERE work_id = ? "
-                "ORDER BY epoch",
-                work_id,
+                "SELECT seq, leaf, salt, account_id, key_id, model, chain FROM receipt_leaves "
+                "WHERE work_id = ? OR (work_id > ? AND work_id < ?) ORDER BY work_id, epoch",
+                *rules.works_of(work_id),
             ):
                 row = await tx.one(
                     "SELECT statement, network_signature, node_signature, remark FROM receipt_statements "

@@ -526,11 +526,15 @@ def _chain_lines(connection: sqlite3.Connection, chain: bytes, with_salts: bool)
 
 
 def show(path: Path, work_id: str) -> list[dict[str, Any]]:
-    """All leaves of a work with the statements that cover them, or what waits for a receipt. Raises OutboxUnusable."""
+    """All leaves of a work, or of an answer's works, with the statements that cover them, and what waits for a receipt.
+
+    Raises OutboxUnusable."""
     shown: list[dict[str, Any]] = []
     with _reading(path) as connection:
         for chain, seq, packed, salt in connection.execute(
-            "SELECT chain, seq, leaf, salt FROM leaves WHERE work_id = ? ORDER BY epoch", (work_id,)
+            "SELECT chain, seq, leaf, salt FROM leaves WHERE work_id = ? OR (work_id > ? AND work_id < ?) "
+            "ORDER BY work_id, epoch",
+            rules.works_of(work_id),
         ).fetchall():
             row = connection.execute(
                 "SELECT statement, network_signature, node_signature, remark FROM statements "
@@ -545,13 +549,15 @@ def show(path: Path, work_id: str) -> list[dict[str, Any]]:
                     "statement": receipts_file.statement_line(statement, *row[1:]),
                 }
             )
-        for epoch, class_id, input_tokens, sent, kept in connection.execute(
-            "SELECT epoch, class_id, input_tokens, length(ids) / 4, kept FROM works WHERE work_id = ?", (work_id,)
+        for name, epoch, class_id, input_tokens, sent, kept in connection.execute(
+            "SELECT work_id, epoch, class_id, input_tokens, length(ids) / 4, kept FROM works "
+            "WHERE work_id = ? OR (work_id > ? AND work_id < ?) ORDER BY work_id, epoch",
+            rules.works_of(work_id),
         ):
             shown.append(
                 {
                     "kind": "waiting",
-                    "work_id": work_id,
+                    "work_id": name,
                     "epoch": epoch,
                     "class_id": class_id,
                     "input_tokens": input_tokens,

@@ -103,6 +103,11 @@ def chain_next(head: bytes, hash_of_leaf: bytes) -> bytes:
     return hashlib.sha256(CHAIN_DOMAIN + head + hash_of_leaf).digest()
 
 
+def works_of(name: str) -> tuple[str, str, str]:
+    """A work's id, and the bounds between which those of an answer's choices lie: `NAME-0`, `NAME-1`, …"""
+    return name, name + "-", name + "."
+
+
 def pay_of(price: Price, input_tokens: int, cached_tokens: int, output_tokens: int) -> int:
     """What a node earns, in nanocredits. `cached_tokens` is part of `input_tokens`."""
     return (
