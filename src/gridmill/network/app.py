@@ -37,6 +37,7 @@ from gridmill.network.links import Links
 from gridmill.network.metering import FeePolicy
 from gridmill.network.metrics import Metrics
 from gridmill.network.operator import MIGRATIONS, Operations
+from gridmill.network.receipts import Desk
 from gridmill.network.registry import Registry
 from gridmill.network.settings import NetworkSettings, is_loopback
 from gridmill.network.store import Store, Transaction, store_at
@@ -123,6 +124,10 @@ async def _serve(
             own_nodes=own_nodes,
             spawn=lambda work: void(tasks.create_task(work)),
         )
+        desk = Desk(store, identity, links.send)
+        links.receipts = desk
+        books.send_receipts = desk.send
+        store.listen(desk.heard)
         metrics = Metrics(links=lambda: links.count, works=lambda: links.works)
         dispatcher = Dispatcher(
             registry=registry,
@@ -176,6 +181,7 @@ async def _serve(
             base_url=base_url,
             local_url=_local_url(settings, listener),
             network_key=identity.public.hex(),
+            identity=identity,
         )
         plain = Plain(
             accounts=accounts,
@@ -213,6 +219,7 @@ async def _serve(
             for name, loop in (
                 ("books", books.run()),
                 ("leases", books.keep()),
+                ("receipts", desk.run()),
                 ("accounts", accounts.watch()),
                 ("names", registry.watch()),
                 ("idempotency", idempotency.keep()),
@@ -230,10 +237,10 @@ async def _serve(
             await _either(stop, serving)
             await _drain(dispatcher, links, settings.drain_timeout_seconds)
         finally:
+            await shared.close()  # while nodes are here: it is not they who break off
             links.say_goodbye(Reason.STOPPING, "the network is shutting down")
             server.should_exit = True
             await control.stop()
-            await shared.close()
             await books.close()
             for loop in loops:
                 loop.cancel()

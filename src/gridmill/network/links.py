@@ -443,6 +443,8 @@ class Links:
                 )
                 return
             node_link.key_id = account.key_id
+        elif (account := self._accounts.authenticate(proven.join_token)) is not None and "node" in account.scopes:
+            node_link.key_id = account.key_id  # nobody asked for it; its account sees what the node earns all the same
         older = self._by_node.pop(proven.node_id, None)
         if older is not None:
             older.conversation.close(Reason.SUPERSEDED, "the same node joined again")
@@ -454,6 +456,14 @@ class Links:
         assert node_link.record is not None
         log.info("node joined", extra={"node": node_link.record.node_id, "owner": node_link.record.owner_id})
         self.receipts.joined(node_link.record.node_id)
+        if node_link.key_id is not None:
+            self._spawn(self._note(node_link.record.node_id, node_link.key_id))
+
+    async def _note(self, node_id: NodeId, key_id: KeyId) -> None:
+        try:
+            await self._accounts.note_node(node_id, key_id)
+        except StoreUnusable as problem:
+            log.warning("who owns a node could not be noted", extra={"node": node_id, "reason": str(problem)})
 
     def closed(self, node_link: NodeLink, closed: Closed) -> None:
         self._all.discard(node_link)

@@ -354,6 +354,11 @@ class Desk:
             peer.fall_behind()
             self._push(node_id)
 
+    def heard(self, topic: str, subject: str) -> None:
+        """What the store announces: works that another gateway left behind were settled."""
+        if topic == "receipts":
+            self.settled_elsewhere(NodeId(subject))
+
     def countersigned(self, node_id: NodeId, message: Countersigned) -> None:
         """What a node said to receipts. Never blocks; `run` checks it and writes it down."""
         peer = self._peers.get(node_id)
