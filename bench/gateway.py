@@ -201,7 +201,8 @@ def all_targets(peers: Path | None, folder: Path) -> Iterator[list[Target]]:
         stack.enter_context(running([sys.executable, str(HERE / "mock_upstream.py"), str(upstream)]))
         wait_for(upstream, "/")
         targets = [Target("mock upstream, asked directly", upstream, "none", "mock", [])]
-        targets.append(ours(stack, folder))
+        targets.append(ours(stack, folder / "priced", "gridmill", "50/400"))
+        targets.append(ours(stack, folder / "free", "gridmill, without prices", None))
         if peers is not None:
             targets.append(plain(stack, peers, upstream, "aiohttp"))
             targets.append(plain(stack, peers, upstream, "httpx"))
@@ -209,8 +210,9 @@ def all_targets(peers: Path | None, folder: Path) -> Iterator[list[Target]]:
         yield targets
 
 
-def ours(stack: contextlib.ExitStack, folder: Path) -> Target:
-    data = folder / "gridmill"
+def ours(stack: contextlib.ExitStack, data: Path, name: str, price: str | None) -> Target:
+    """A network and an echo node. With a price every request is held for, settled and receipted; without one all but
+    the ledger's entries is written just the same."""
     gridmill = [sys.executable, "-m", "gridmill"]
     quiet = ["--log-level", "error", "--json"]
     network = stack.enter_context(
@@ -224,9 +226,23 @@ def ours(stack: contextlib.ExitStack, folder: Path) -> Target:
         text=True,
         check=True,
     )
+    credit = [*gridmill, "credit", "bench", "1000000", "--data", str(data / "network")]
+    subprocess.run(credit, check=True, stdout=subprocess.DEVNULL)
+    prices = ["--price", price] if price else []
     node = stack.enter_context(
         running(
-            [*gridmill, "node", "--network", base_url, "--engine", "echo", "--data", str(data / "node"), *quiet],
+            [
+                *gridmill,
+                "node",
+                "--network",
+                base_url,
+                "--engine",
+                "echo",
+                "--data",
+                str(data / "node"),
+                *prices,
+                *quiet,
+            ],
             stdout=subprocess.PIPE,
         )
     )
@@ -235,7 +251,7 @@ def ours(stack: contextlib.ExitStack, folder: Path) -> Target:
     port = int(base_url.rsplit(":", 1)[1].split("/")[0])
     wait_for_model(port, json.loads(made.stdout)["api_key"], model)
     workers = [child.pid for child in psutil.Process(network.pid).children()]
-    return Target("gridmill", port, json.loads(made.stdout)["api_key"], model, [network.pid, *workers])
+    return Target(name, port, json.loads(made.stdout)["api_key"], model, [network.pid, *workers])
 
 
 def wait_for_model(port: int, key: str, model: str) -> None:
