@@ -1062,7 +1062,8 @@ async def _settle(
     results = await ledger.apply(transaction, [_post(s) for s in paid])
     late: list[_Settlement] = []
     for settlement, result in zip(paid, results, strict=True):
-        if isinstance(result, Refused):
+        # A conflict is none of ours: this part of this work was paid before, with another count.
+        if isinstance(result, Refused) and result.reason != "conflict":
             late.append(settlement)
     if late:
         # The lease ended while its gateway stood still. The user keeps the money, the node gets its pay all the same.
