@@ -17,7 +17,7 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import Sequence
-from typing import Any, NewType
+from typing import Any
 
 import msgspec
 
@@ -27,8 +27,6 @@ from gridmill.wire.messages import Emission
 from gridmill.wire.sampling import TokenLogprob, unpack_ids
 
 log = logging.getLogger("gridmill.network.idempotency")
-
-KeyHash = NewType("KeyHash", bytes)
 
 IDEMPOTENT_SECONDS = 24 * 3600  # how long a key means its first request; as long as its ids are kept
 KEY_CHARACTERS_MAX = 255

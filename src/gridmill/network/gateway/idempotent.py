@@ -120,6 +120,8 @@ class SharedAnswers:
         assert task is not None
         self._tasks.add(task)
         try:
+            if self._closing:
+                raise _stopping()  # asked for in the moment before, and begun after it
             await self._fill(recording, asked, making)
         except asyncio.CancelledError:
             recording.fail(making.explain(_stopping()))
