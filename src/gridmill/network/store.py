@@ -144,7 +144,8 @@ class SqliteStore:
         self._loop = asyncio.get_running_loop()
         self._path.parent.mkdir(parents=True, exist_ok=True)
         existed = self._path.exists()
-        connection = sqlite3.connect(self._path, isolation_level=None)
+        # The writer thread's from the end of this on: that thread begins with nothing that can fail.
+        connection = sqlite3.connect(self._path, isolation_level=None, cached_statements=256, check_same_thread=False)
         try:
             _set_up(connection)
             applied = _schema_version(connection)
@@ -162,14 +163,18 @@ class SqliteStore:
                     connection.execute(statement)
                 connection.execute(f"PRAGMA user_version = {number + 1}")
                 connection.execute("COMMIT")
+            self._path.chmod(0o600)
         except sqlite3.DatabaseError as error:
+            connection.close()
             raise StoreUnusable(
                 f"{self._path} cannot be used ({error}): move it away, or use another --data folder"
             ) from error
-        finally:
+        except BaseException:
             connection.close()
-        self._path.chmod(0o600)
-        self._thread = threading.Thread(target=self._write_forever, name="gridmill-store", daemon=True)
+            raise
+        self._thread = threading.Thread(
+            target=self._write_forever, args=(connection,), name="gridmill-store", daemon=True
+        )
         self._thread.start()
 
     async def run(self, action: Action[T]) -> T:
@@ -206,9 +211,7 @@ class SqliteStore:
             self._inbox.put(None)
             await asyncio.to_thread(thread.join)
 
-    def _write_forever(self) -> None:
-        connection = sqlite3.connect(self._path, isolation_level=None, cached_statements=256)
-        _set_up(connection)
+    def _write_forever(self, connection: sqlite3.Connection) -> None:
         try:
             while (first := self._inbox.get()) is not None:
                 group = [first]
