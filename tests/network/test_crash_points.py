@@ -591,3 +591,42 @@ def test_two_that_recover_at_the_same_moment_settle_once(postgres: PostgresServe
     audit(asyncio.run(everything(left)), journal, diary_of(diary))
     databases.drop(left)
     databases.drop(databases.original)
+
+
+def test_more_settlements_than_one_batch_takes_let_nothing_past_them(
+    databases: Databases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A work that moved to another node while its first row was still there ended the whole gateway."""
+    monkeypatch.setattr(books_module, "BATCH_MAX", 4)
+    database, diary = databases.fresh(), tmp_path / "diary"
+    points = Points("none", 0, diary)
+
+    async def body() -> None:
+        store = database.store(wall_clock=lambda: NOW)
+        await store.open(MIGRATIONS)
+        books = books_on(store, "gateway-1")
+        async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+            writing = group.create_task(books.run())
+            scenario = Scenario(books, points)
+            orders = [await scenario.begin(f"work-{n}") for n in range(9)]
+            while not all(order.journalled for order in orders):
+                await asyncio.sleep(0.01)
+            await books.flush()
+            for order in orders[:-1]:
+                scenario.deliver(order, 1)
+                scenario.settle(order)
+            books.unserve(orders[-1])
+            scenario.serve(orders[-1], ROW, 1)
+            await scenario.on_disk()
+            scenario.deliver(orders[-1], 2)
+            scenario.settle(orders[-1])
+            await books.close()
+            points.note("closed")
+            writing.cancel()
+        await store.close()
+        points.write_up()
+
+    asyncio.run(body())
+    after = asyncio.run(everything(database))
+    audit(after, (), diary_of(diary))
+    databases.drop(database)

@@ -29,7 +29,7 @@ import msgspec
 
 from gridmill.network import ledger, receipts, usage
 from gridmill.network.ledger import Command, Done, Extend, Grow, Pend, Refused, Result, Return, Transfer, Void
-from gridmill.network.metering import PriceRow, Usage, charge
+from gridmill.network.metering import NOTHING, Charge, PriceRow, Usage, charge
 from gridmill.network.store import Action, Store, StoreUnusable, Transaction
 from gridmill.wire.messages import Leaf
 from gridmill.wire.receipts import IdsHash, ids_hash
@@ -41,7 +41,7 @@ T = TypeVar("T")
 GatewayId = NewType("GatewayId", str)
 Finish = Literal["stop", "length", "cancelled", "failed", "lost"]
 
-TICK_SECONDS = 0.025  # settlements and delivered counts reach the disk within two ticks
+TICK_SECONDS = 0.04  # so that settlements and delivered counts are on disk within 50 ms; larger batches cost less each
 BATCH_SOON = 256  # that many settlements do not wait for the tick
 BATCH_MAX = 4096  # beyond this a batch would delay whoever waits for a lease
 QUEUE_MAX = 50_000  # settlements that wait for a database that does not answer; then nothing new is admitted
@@ -286,6 +286,7 @@ class _Settlement(msgspec.Struct, frozen=True):
     server: Server
     salt: bytes
     leaf: Leaf
+    cost: Charge
     kept_ids: bytes | None = None
     scores: bytes | None = None
 
@@ -393,7 +394,7 @@ class Books:
             return
         self._live.pop(order.work_id, None)
         if order.journalled:
-            self._close_entry(order, Usage(), "failed", b"", b"")
+            self._close_entry(order, Usage(), NOTHING, "failed", b"", b"")
             self._flush_soon()
         order.epoch += 1
         order.journalled = False
@@ -409,18 +410,19 @@ class Books:
         assert server is not None, "a work that no node served is released"
         order.settled = True
         self._live.pop(order.work_id, None)
-        cost = charge(server.row, used).total
-        assert cost <= order.amount, "a work used more than was held for it"
+        cost = charge(server.row, used)
+        assert cost.total <= order.amount, "a work used more than was held for it"
         if used.input_tokens or used.output_tokens or order.journalled:
-            self._close_entry(order, used, finish, commit_root, claim)
-        self._free(order, order.amount, cost)
+            self._close_entry(order, used, cost, finish, commit_root, claim)
+        self._free(order, order.amount, cost.total)
         self._flush_soon()
-        return cost
+        return cost.total
 
-    def _close_entry(self, order: Order, used: Usage, finish: Finish, commit_root: bytes, claim: bytes) -> None:
+    def _close_entry(
+        self, order: Order, used: Usage, cost: Charge, finish: Finish, commit_root: bytes, claim: bytes
+    ) -> None:
         server = order.server
         assert server is not None
-        cost = charge(server.row, used)
         leaf = Leaf(
             work_id=order.work_id,
             epoch=order.epoch,
@@ -452,6 +454,7 @@ class Books:
                 server,
                 order.salt,
                 leaf,
+                cost,
                 pack_ids(order.ids()[: used.output_tokens]) if order.keeps_ids else None,
                 order.scores(used.output_tokens) if order.keeps_ids and order.scores is not None else None,
             )
@@ -732,7 +735,8 @@ class Books:
         moved: list[tuple[int, bytes, bytes | None, str]] = []
         for order in self._live.values():
             if not order.journalled:
-                if len(opened) < BATCH_MAX:
+                # So may what a new hold is taken from; and a work's last row has to go before its next one comes.
+                if not self._settlements and len(opened) < BATCH_MAX:
                     order.journalled = True
                     order.journalled_count = order.count
                     opened.append(order)
@@ -1129,14 +1133,12 @@ async def _settle(
 
 
 def _post(settlement: _Settlement) -> Command:
-    leaf = settlement.leaf
-    cost = charge(settlement.server.row, Usage(leaf.input_tokens, leaf.cached_tokens, leaf.output_tokens))
     pending_id = hold_id_of(settlement.work_id, settlement.epoch) if settlement.journalled else settlement.lease_id
     return ledger.settlement(
         settlement.work_id,
         settlement.epoch,
         pending_id,
-        cost,
+        settlement.cost,
         settlement.server.owner_id,
         close=settlement.journalled,
     )
@@ -1195,5 +1197,6 @@ def _from_row(row: dict[str, Any], ended_ms: int) -> _Settlement:
         Server(row["node_id"], bytes(row["node_key"]), row["owner_id"], price_row),
         bytes(row["salt"]),
         leaf,
+        cost,
         bytes(row["kept_ids"]) if row["kept_ids"] is not None else None,
     )

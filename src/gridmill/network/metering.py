@@ -64,15 +64,11 @@ NOTHING = Charge()
 
 def charge(row: PriceRow, usage: Usage) -> Charge:
     """What these tokens cost under this row."""
-    price, fees = row.price, row.fees
-    node = (
-        (usage.input_tokens - usage.cached_tokens) * price.input_nanocredits
-        + usage.cached_tokens * price.cached_input_nanocredits
-        + usage.output_tokens * price.output_nanocredits
-    )
+    fees = row.fees
+    node = _node_pay(row.price, usage.input_tokens, usage.cached_tokens, usage.output_tokens)
     if not node:
         return NOTHING
-    fee = -(-node * fees.fee_basis_points // BASIS_POINTS)  # rounded up: at most one nanocredit
+    fee = _fee(node, fees)
     network, audit, reserve = split(
         fee,
         (
@@ -86,7 +82,20 @@ def charge(row: PriceRow, usage: Usage) -> Charge:
 
 def most(row: PriceRow, input_tokens: int, max_tokens: int) -> int:
     """The most that a work can cost the user: nothing cached, every token made."""
-    return charge(row, Usage(input_tokens, 0, max_tokens)).total
+    node = _node_pay(row.price, input_tokens, 0, max_tokens)
+    return node + _fee(node, row.fees)
+
+
+def _node_pay(price: Price, input_tokens: int, cached_tokens: int, output_tokens: int) -> int:
+    return (
+        (input_tokens - cached_tokens) * price.input_nanocredits
+        + cached_tokens * price.cached_input_nanocredits
+        + output_tokens * price.output_nanocredits
+    )
+
+
+def _fee(node: int, fees: FeePolicy) -> int:
+    return -(-node * fees.fee_basis_points // BASIS_POINTS)  # rounded up: at most one nanocredit
 
 
 def cheapest(rows: Iterable[PriceRow], input_tokens: int, max_tokens: int) -> PriceRow:

@@ -90,6 +90,7 @@ CREATE INDEX IF NOT EXISTS leaves_by_work ON leaves (work_id, epoch);
 SCHEMA_VERSION = 1
 WAITING_MAX = 4096  # things handed in before the disk; a disk that hangs must not become memory
 GROUP_MAX = 256  # in one commit
+RECORD_SECONDS = 0.05  # what kill -9 may take; the network's journal is as old
 WORKS_KEPT_SECONDS = 30 * 86_400  # a network that has not settled a work by then never will
 NO_RECORD, MISSING = "no_record", "missing"  # the remarks that have a meaning for the network
 DISPUTES_REMEMBERED = 1000
@@ -131,6 +132,8 @@ class Outbox:
         self._wall_clock = wall_clock
         self._inbox: queue.Queue[_Task | None] = queue.Queue(maxsize=WAITING_MAX)
         self._thread: threading.Thread | None = None
+        self._ended: list[Ended] = []  # works that wait to be written down together
+        self._writing_soon: asyncio.TimerHandle | None = None
         self._disputed: set[bytes] = set()  # statements that were logged
         self.records_lost = 0
 
@@ -164,6 +167,7 @@ class Outbox:
 
     async def close(self) -> None:
         """Writes what was handed in, then closes. Safe to call twice."""
+        self._write_works()
         thread, self._thread = self._thread, None
         if thread is not None:
             await asyncio.to_thread(self._inbox.put, None)
@@ -174,14 +178,27 @@ class Outbox:
         return self._identity.sign(rules.claim_bytes(work_id, epoch, class_id, output_hash, b""))
 
     def record(self, ended: Ended) -> None:
-        """Hands a work in to be written down. Never waits: under a disk that hangs the record is lost, and counted."""
-        if not self._hand_in(lambda connection: self._record(connection, ended), None):
-            self.records_lost += 1
-            log.warning("a work could not be recorded: over %d wait for the disk", WAITING_MAX)
+        """Has a work written down, with those that end within the same moment: each commit costs a flush of the disk
+        and a hand-over between threads. Never waits: under a disk that hangs the record is lost, and counted."""
+        self._ended.append(ended)
+        if len(self._ended) >= GROUP_MAX:
+            self._write_works()
+        elif self._writing_soon is None:
+            self._writing_soon = asyncio.get_running_loop().call_later(RECORD_SECONDS, self._write_works)
+
+    def _write_works(self) -> None:
+        if self._writing_soon is not None:
+            self._writing_soon.cancel()
+            self._writing_soon = None
+        ended, self._ended = self._ended, []
+        if ended and not self._hand_in(lambda connection: self._record(connection, ended), None):
+            self.records_lost += len(ended)
+            log.warning("%d works could not be recorded: over %d wait for the disk", len(ended), WAITING_MAX)
 
     async def answer(self, network_key: bytes, receipts: Receipts) -> Countersigned | None:
         """What this node says to receipts, after that is on disk. None when the disk does not keep up: they come again
         after the next join."""
+        self._write_works()  # what is being receipted may have ended just now
         said: tuple[Countersignature, ...] | None = await self._ask(
             lambda connection: tuple(self._judge(connection, network_key, signed) for signed in receipts.statements)
         )
@@ -258,14 +275,18 @@ class Outbox:
 
     # ------------------------------------------------------------ works
 
-    def _record(self, connection: sqlite3.Connection, ended: Ended) -> None:
-        connection.execute(
+    def _record(self, connection: sqlite3.Connection, ended: Sequence[Ended]) -> None:
+        moment = int(self._wall_clock())
+        connection.executemany(
             "INSERT OR REPLACE INTO works VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                *(ended.network_key, ended.work_id, ended.epoch, ended.class_id, msgspec.msgpack.encode(ended.price)),
-                *(ended.salt, rules.ids_hash(ended.salt, ended.prompt), ended.input_tokens, ended.start, ended.ids),
-                *(ended.kept, ended.claim, int(self._wall_clock())),
-            ),
+            [
+                (
+                    *(work.network_key, work.work_id, work.epoch, work.class_id, msgspec.msgpack.encode(work.price)),
+                    *(work.salt, rules.ids_hash(work.salt, work.prompt), work.input_tokens, work.start, work.ids),
+                    *(work.kept, work.claim, moment),
+                )
+                for work in ended
+            ],
         )
 
     # ------------------------------------------------------------ statements
