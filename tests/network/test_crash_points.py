@@ -630,3 +630,86 @@ def test_more_settlements_than_one_batch_takes_let_nothing_past_them(
     after = asyncio.run(everything(database))
     audit(after, (), diary_of(diary))
     databases.drop(database)
+
+
+class SlowStore(FaultyStore):
+    """Says when a commit begins, and begins it when it is told to."""
+
+    def __init__(self, inner: Store, points: Points, wal: Path) -> None:
+        super().__init__(inner, points, wal)
+        self.began = asyncio.Event()
+        self.go_on = asyncio.Event()
+        self.go_on.set()
+
+    async def run(self, action: Action[T]) -> T:
+        self.began.set()
+        await self.go_on.wait()
+        return await super().run(action)
+
+
+def test_a_flush_waits_for_a_batch_that_is_on_its_way_to_the_disk(databases: Databases, tmp_path: Path) -> None:
+    database, points = databases.fresh(), Points("none", 0, tmp_path / "diary")
+
+    async def body() -> None:
+        store = SlowStore(database.store(wall_clock=lambda: NOW), points, Path(database.url + "-wal"))
+        await store.open(MIGRATIONS)
+        books = books_on(store, "gateway-1")
+        async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+            writing = group.create_task(books.run())
+            scenario = Scenario(books, points)
+            order = await scenario.begin("short")
+            scenario.deliver(order, 3)
+            scenario.settle(order)
+            store.began.clear()
+            store.go_on.clear()
+            await store.began.wait()  # the settlement is in no queue any more, and not on disk
+            flushing = group.create_task(books.flush())
+            await asyncio.sleep(0.05)
+            assert not flushing.done()
+            store.go_on.set()
+            await flushing
+            charged = await store.run(lambda tx: tx.one("SELECT amount FROM transfers WHERE kind = 'work'"))
+            assert charged == (most(ROW, INPUT_TOKENS, 3),)
+            await books.close()
+            writing.cancel()
+        await store.close()
+
+    asyncio.run(body())
+    databases.drop(database)
+
+
+def test_a_server_that_refuses_for_a_while_ends_no_gateway(postgres: PostgresServer, tmp_path: Path) -> None:
+    """One that became a replica, or whose disk was full: the settlements wait, and go through when it takes them."""
+    databases, diary = Databases(tmp_path, postgres), tmp_path / "diary"
+    url, points = databases.original.url, Points("none", 0, diary)
+    name = urlsplit(url).path[1:]
+
+    def read_only(switch: str) -> None:
+        postgres.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = {switch}")
+        postgres.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")
+
+    async def body() -> None:
+        store = FaultyStore(databases.original.store(wall_clock=lambda: NOW), points, tmp_path)
+        await store.open(MIGRATIONS)
+        books = books_on(store, "gateway-1")
+        async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+            writing = group.create_task(books.run())
+            scenario = Scenario(books, points)
+            order = await scenario.begin("short")
+            await books.flush()
+            read_only("on")
+            scenario.deliver(order, 3)
+            scenario.settle(order)
+            before = store.commits
+            while store.commits < before + 2:
+                await asyncio.sleep(0.01)
+            read_only("off")
+            await scenario.on_disk()
+            await books.close()
+            writing.cancel()
+        await store.close()
+        points.write_up()
+
+    asyncio.run(body())
+    audit(asyncio.run(everything(databases.original)), (), diary_of(diary))
+    databases.drop(databases.original)

@@ -774,9 +774,8 @@ class Books:
             self.send_receipts(written.unsigned)
 
     async def flush(self) -> None:
-        """Returns when all that was settled before is in the ledger."""
-        while self._settlements or self._asked or self._announcements:
-            await self._ask_nothing()
+        """Returns when all that was settled before is in the ledger: what is on its way there at this moment, too."""
+        await self._ask_nothing()
 
     async def _ask_nothing(self) -> None:
         # An Extend of nothing is refused by the ledger, after everything before it was written.

@@ -82,6 +82,14 @@ ENDED = (
     asyncpg.IdleInTransactionSessionTimeoutError,
     OSError,
 )
+# It refuses for a while, and has undone what it refused: a full disk, a server that became a replica, a cancel by hand.
+REFUSED_FOR_NOW = (
+    asyncpg.InsufficientResourcesError,
+    asyncpg.PostgresSystemError,
+    asyncpg.ReadOnlySQLTransactionError,
+    asyncpg.QueryCanceledError,
+    asyncpg.LockNotAvailableError,
+)
 UNREACHABLE = (OSError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError)
 
 log = logging.getLogger("gridmill.network.store")
@@ -219,6 +227,8 @@ class PostgresStore:
                     ) from error
                 raise _ConnectionLost(_reason(error)) from error
             await _roll_back(connection, error)
+            if isinstance(error, REFUSED_FOR_NOW):
+                raise StoreUnusable(f"{self._name} refuses this now ({_reason(error)}): nothing was kept") from error
             raise
         finally:
             await pool.release(connection)
