@@ -1027,7 +1027,13 @@ class _Batch:
         expires_ms = await transaction.now_ms() + int(self._books._lease_seconds * 1000)
         pends: list[Command] = []
         rows: list[tuple[Any, ...]] = []
+        known = await transaction.among(
+            "SELECT work_id FROM open_works WHERE work_id IN (??)", sorted(row[0] for row in self._opened)
+        )
+        taken = {row[0] for row in known}
         for row, (amount, lease_id) in zip(self._opened, self._holds, strict=True):
+            if row[0] in taken:
+                continue  # Another gateway thought this one dead and has taken the work over: it settles it.
             rows.append((*row[:-2], expires_ms, row[-1]))
             if amount:
                 hold = ledger.user_hold(row[4])
@@ -1100,12 +1106,9 @@ async def _settle(
         if s.kept_ids is not None
     ]
     if answers:
-        await transaction.append(
-            "work_answers",
-            (
-                *("work_id", "epoch", "start", "ids", "scores", "finish", "input_tokens"),
-                *("cached_tokens", "charge_nanocredits", "node_id", "at_ms"),
-            ),
+        await transaction.do_many(
+            "INSERT INTO work_answers (work_id, epoch, start, ids, scores, finish, input_tokens, cached_tokens,"
+            " charge_nanocredits, node_id, at_ms) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
             answers,
         )
     written.unsigned = await receipts.settle(
