@@ -48,7 +48,7 @@ NODE_IDS = [node_id_of(key.public) for key in NODE_KEYS]
 ROW = PriceRow("price-1", Price(50, 10, 400), FeePolicy())
 ALICE, BOB = Payer("alice", "key-1"), Payer("alice", "key-2", has_budget=True)
 INPUT_TOKENS, MAX_TOKENS = 10, 8
-POSTGRES_EVERY = 41  # of the points: a database of its own for each takes a while
+POSTGRES_EVERY = 53  # of the points: a database of its own for each takes a while
 
 
 # ---------------------------------------------------------------- the child: a scenario with points
@@ -546,7 +546,7 @@ def test_a_recovery_that_is_killed_at_any_point_can_be_done_again(
         killed = in_a_child(points, lambda points: recover(database, points, who)) is None  # noqa: B023
         recovered(databases, database, diary, who)
         databases.drop(database)
-        at += 1 if databases.kind == "sqlite" else 13
+        at += 1 if databases.kind == "sqlite" else 19
     assert at > 10
     databases.drop(left)
 
@@ -561,7 +561,7 @@ def test_a_commit_that_fails_or_seems_to_is_made_good_by_the_same_program(
     if databases.kind == "postgres":
         if fault == "no room in the file system":
             pytest.skip("a server's disk is not ours to fill")
-        every = 7
+        every = 11
     at, commits = 1, 1
     while at <= commits:
         database, diary = databases.fresh(), tmp_path / f"diary-{at}"
