@@ -20,7 +20,7 @@ from databases import Database
 from gridmill.network import receipts
 from gridmill.network.receipts import Desk, Segment, Unsigned
 from gridmill.network.store import SqliteStore, Store, Transaction
-from gridmill.node.outbox import Ended, Outbox
+from gridmill.node.outbox import GROUP_MAX, WAITING_MAX, Ended, Outbox
 from gridmill.wire import receipts as rules
 from gridmill.wire.codec import LEAVES_MAX, check
 from gridmill.wire.identity import Identity, node_id_of
@@ -661,10 +661,13 @@ def test_a_node_killed_at_any_step_signs_the_same_totals(tmp_path: Path) -> None
 
 
 def test_a_disk_that_hangs_costs_records_and_not_memory(tmp_path: Path) -> None:
-    outbox = Outbox(tmp_path / "receipts.sqlite", NODE, wall_clock=lambda: 0.0)  # not open: nobody takes things out
-    for number in range(5000):
-        outbox.record(ended(number))
-    assert outbox.records_lost == 5000 - 4096
+    async def body() -> None:
+        outbox = Outbox(tmp_path / "receipts.sqlite", NODE, wall_clock=lambda: 0.0)  # not open: nobody takes things out
+        for number in range((WAITING_MAX + 2) * GROUP_MAX):
+            outbox.record(ended(number))
+        assert outbox.records_lost == 2 * GROUP_MAX
+
+    asyncio.run(body())
 
 
 def test_the_desk_does_its_work_in_one_task_that_ends_when_cancelled(tmp_path: Path) -> None:

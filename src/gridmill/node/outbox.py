@@ -88,7 +88,7 @@ CREATE INDEX IF NOT EXISTS leaves_by_work ON leaves (work_id, epoch);
 """
 
 SCHEMA_VERSION = 1
-WAITING_MAX = 4096  # things handed in before the disk; a disk that hangs must not become memory
+WAITING_MAX = 256  # groups of works, and answers, that wait for a disk that hangs
 GROUP_MAX = 256  # in one commit
 RECORD_SECONDS = 0.05  # what kill -9 may take; the network's journal is as old
 WORKS_KEPT_SECONDS = 30 * 86_400  # a network that has not settled a work by then never will
@@ -206,6 +206,7 @@ class Outbox:
 
     async def unacknowledged(self, network_key: bytes) -> list[Countersigned]:
         """The last countersignature of each chain that the network has not said to have."""
+        self._write_works()
         found: list[Countersignature] | None = await self._ask(
             lambda connection: _unacknowledged(connection, network_key)
         )
