@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import secrets
 import socket
@@ -230,6 +231,8 @@ async def _serve(
         serving = tasks.create_task(server.serve(sockets=[listener]), name="http")
         await control.start()
         try:
+            gc.collect()
+            gc.freeze()  # what the program is made of is never garbage: a full collection need not look at it
             await ready({"base_url": base_url, "model": None}, operations)
             log.info(
                 "network ready", extra={"base_url": base_url, "join": "invite" if settings.invite_only else "open"}

@@ -160,9 +160,9 @@ class Order:
     """One admitted work: what is held for it, who serves it, what was delivered. Belongs to one task."""
 
     __slots__ = (
-        "_chunks",
         "_hash_count",
         "_hasher",
+        "_ids",
         "amount",
         "cached_tokens",
         "charged",
@@ -223,24 +223,25 @@ class Order:
         self.scores: Callable[[int], bytes] | None = None  # what is kept beside so many ids: their logprobs
         self.charged: Callable[[int, int], None] | None = None  # told what was held and what it came to
         self.deferred: Callable[[], None] | None = None  # settles it; set when that waits for a node's last word
-        self._chunks: list[tuple[int, ...]] = []
+        self._ids: list[int] = []
         self._hasher: IdsHash | None = None
         self._hash_count = 0
 
     def deliver(self, ids: tuple[int, ...]) -> None:
         """These ids were handed to the caller. Cheap: they are hashed when somebody asks."""
-        self._chunks.append(ids)
+        self._ids.extend(ids)
         self.count += len(ids)
 
     def ids(self) -> list[int]:
-        return [token for chunk in self._chunks for token in chunk]
+        """All that was delivered; not to be changed."""
+        return self._ids
 
     def output_hash(self, keep: int) -> bytes:
         """Over the first `keep` ids delivered."""
         if self._hasher is None or keep < self._hash_count:
             self._hasher, self._hash_count = IdsHash(self.salt), 0
         if keep > self._hash_count:
-            self._hasher.update(pack_ids(self.ids()[self._hash_count : keep]))
+            self._hasher.update(pack_ids(self._ids[self._hash_count : keep]))
             self._hash_count = keep
         return self._hasher.digest()
 
@@ -326,7 +327,7 @@ class Books:
         self._purses: dict[tuple[str, str], _Purse] = {}
         self._live: dict[str, Order] = {}
         self._asked: list[_Asked] = []
-        self._settlements: list[_Settlement] = []
+        self._settlements: list[Callable[[], _Settlement]] = []
         self._announcements: list[tuple[str, str]] = []
         self._wake = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
@@ -421,44 +422,18 @@ class Books:
     def _close_entry(
         self, order: Order, used: Usage, cost: Charge, finish: Finish, commit_root: bytes, claim: bytes
     ) -> None:
+        """Queues what a work came to. The entry itself is made with its batch: nobody's answer waits for it."""
         server = order.server
         assert server is not None
-        leaf = Leaf(
-            work_id=order.work_id,
-            epoch=order.epoch,
-            start=order.start,
-            prompt_hash=order.prompt_hash,
-            output_hash=order.output_hash(used.output_tokens),
-            input_tokens=used.input_tokens,
-            cached_tokens=used.cached_tokens,
-            output_tokens=used.output_tokens,
-            price_id=server.row.price_id,
-            price=server.row.price,
-            pay_nanocredits=cost.node,
-            charge_nanocredits=cost.total,
-            started_ms=order.started_ms,
-            ended_ms=self._wall_ms(),
-            finish=finish,
-            commit_root=commit_root,
-            claim=claim,
+        entry = functools.partial(
+            _entry,
+            *(order, order.epoch, order.journalled, server, used, cost, finish, commit_root, claim, self._wall_ms()),
         )
-        self._settlements.append(
-            _Settlement(
-                order.work_id,
-                order.epoch,
-                order.journalled,
-                order.lease_id,
-                order.payer,
-                order.model,
-                order.class_id,
-                server,
-                order.salt,
-                leaf,
-                cost,
-                pack_ids(order.ids()[: used.output_tokens]) if order.keeps_ids else None,
-                order.scores(used.output_tokens) if order.keeps_ids and order.scores is not None else None,
-            )
-        )
+        if order.keeps_ids:
+            made = entry()  # its scores are the gateway's, which goes on
+            self._settlements.append(lambda: made)
+        else:
+            self._settlements.append(entry)
 
     @property
     def held_nanocredits(self) -> int:
@@ -956,6 +931,54 @@ class Books:
         return f"{kind}:{self._entropy(12).hex()}"
 
 
+def _entry(
+    order: Order,
+    epoch: int,
+    journalled: bool,
+    server: Server,
+    used: Usage,
+    cost: Charge,
+    finish: Finish,
+    commit_root: bytes,
+    claim: bytes,
+    ended_ms: int,
+) -> _Settlement:
+    leaf = Leaf(
+        work_id=order.work_id,
+        epoch=epoch,
+        start=order.start,
+        prompt_hash=order.prompt_hash,
+        output_hash=order.output_hash(used.output_tokens),
+        input_tokens=used.input_tokens,
+        cached_tokens=used.cached_tokens,
+        output_tokens=used.output_tokens,
+        price_id=server.row.price_id,
+        price=server.row.price,
+        pay_nanocredits=cost.node,
+        charge_nanocredits=cost.total,
+        started_ms=order.started_ms,
+        ended_ms=ended_ms,
+        finish=finish,
+        commit_root=commit_root,
+        claim=claim,
+    )
+    return _Settlement(
+        order.work_id,
+        epoch,
+        journalled,
+        order.lease_id,
+        order.payer,
+        order.model,
+        order.class_id,
+        server,
+        order.salt,
+        leaf,
+        cost,
+        pack_ids(order.ids()[: used.output_tokens]) if order.keeps_ids else None,
+        order.scores(used.output_tokens) if order.keeps_ids and order.scores is not None else None,
+    )
+
+
 # ---------------------------------------------------------------- one transaction
 
 
@@ -974,7 +997,7 @@ class _Batch:
         books: Books,
         batch_id: str,
         asked: Sequence[_Asked],
-        settlements: Sequence[_Settlement],
+        settlements: Sequence[Callable[[], _Settlement]],
         opened: Sequence[tuple[Any, ...]],
         holds: Sequence[tuple[int, str]],
         moved: Sequence[tuple[int, bytes, bytes | None, str]],
@@ -983,7 +1006,7 @@ class _Batch:
         self.batch_id = batch_id
         self.asked = asked
         self._books = books
-        self._settlements = settlements
+        self._entries = settlements
         self._opened = opened
         self._holds = holds
         self._moved = moved
@@ -1005,8 +1028,9 @@ class _Batch:
             written.results = await ledger.apply(transaction, commands)
             return written
         # Settlements first: what they return to a lease may be what the commands and the new holds take from it.
+        settlements = [entry() for entry in self._entries]
         settled = await _settle(
-            transaction, books._network_key, books._period_seconds, self._settlements, holder=books._holder
+            transaction, books._network_key, books._period_seconds, settlements, holder=books._holder
         )
         written.unsigned, written.lost_nanocredits = settled.unsigned, settled.lost_nanocredits
         if commands:

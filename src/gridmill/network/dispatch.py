@@ -454,12 +454,14 @@ class _Run:
         order = self._order
         used = Usage(self._input_tokens, order.cached_tokens, keep)
         charged = self._settle(used, kind, stream.end)
-        work = self._work
-        answer = pack_ids(order.ids()[:keep])
-        record.sent.remember(
-            ClassId(work.class_id), work.cache_salt, work.prompt + work.delivered + answer, self._clock()
-        )
+        # The answer's last bytes go first.
+        asyncio.get_running_loop().call_soon(self._remember, record, keep)
         return Outcome(kind, keep, order.cached_tokens, tuple(self.node_ids), charged)
+
+    def _remember(self, record: NodeRecord, keep: int) -> None:
+        work = self._work
+        ids = work.prompt + work.delivered + pack_ids(self._order.ids()[:keep])
+        record.sent.remember(work.class_id, work.cache_salt, ids, self._clock())
 
     def _settle(self, used: Usage, finish: Finish, end: End | None) -> int:
         if end is None:
