@@ -257,6 +257,7 @@ class _Purse:
         self.lease_id = ""
         self.free = 0
         self.live = 0  # orders that hold something
+        self.waiting = 0  # requests for which more is being leased: until then the purse must not be forgotten
         self.usable_until = 0.0
         self.used_at = 0.0
         self.works_per_slice = SLICE_WORKS_MIN
@@ -459,6 +460,13 @@ class Books:
             purse.free += amount - cost  # else that lease has ended, and its money with it
 
     async def _refill_and_take(self, purse: _Purse, want: int, least: int, *, arrived: float) -> int:
+        purse.waiting += 1
+        try:
+            return await self._refill_in_turn(purse, want, least, arrived=arrived)
+        finally:
+            purse.waiting -= 1
+
+    async def _refill_in_turn(self, purse: _Purse, want: int, least: int, *, arrived: float) -> int:
         async with purse.one_refill:
             silent = False
             for attempt in range(REFILL_ATTEMPTS):
@@ -776,7 +784,7 @@ class Books:
         asked = self._clock()
         expires_ms = await self._now_ms() + int(self._lease_seconds * 1000)
         for key, purse in list(self._purses.items()):
-            if purse.live or purse.one_refill.locked():
+            if purse.live or purse.waiting:
                 idle = False
             else:
                 idle = not purse.lease_id or asked - purse.used_at > IDLE_SECONDS
