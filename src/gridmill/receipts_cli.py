@@ -256,6 +256,7 @@ def _facts(found: Any) -> dict[str, Any]:
         "charge_nanocredits": found.charge_nanocredits,
         "not_countersigned": found.leaves_not_countersigned,
         "without_root": found.unproven,
+        "after_a_gap": found.unchained,
         "claims_over_another_output": found.claims_wrong,
         "disputed_statements": found.disputed,
         "roots": found.roots,
@@ -274,6 +275,10 @@ def _summary(found: Any, *, trusted: bool) -> str:
         lines.append(f"  {found.claims_wrong} leaves carry a claim of their node that is not over the output counted")
     if found.unproven:
         lines.append(f"  {found.unproven} leaves are of periods that are open: no root proves them yet")
+    if found.unchained:
+        lines.append(
+            f"  {found.unchained} leaves follow a gap: signed totals bound what they may say, and no hash does"
+        )
     lines += [f"  {note}" for note in found.notes]
     if not trusted:
         lines.append("  checked against the keys in the file itself: give --network-key to say whose they must be")

@@ -322,6 +322,75 @@ def test_an_empty_file_and_a_wrong_file_are_named() -> None:
     assert "not as Gridmill writes it" in sentences(check("a.jsonl", [b"\xff\xfe", b"{" * 100_000, b"[1]\n"]))
 
 
+STRANGER = Identity(b"s" * 32)
+
+
+def forged(output_tokens: int, name: str = "forged") -> Leaf:
+    """A leaf that nobody has signed; its pay is what its tokens make."""
+    pay = rules.pay_of(PRICE, 10, 0, output_tokens)
+    return leaf(*(0, NODES[0], CLASSES[0]), work_id=name, output_tokens=output_tokens, pay_nanocredits=pay, claim=b"")
+
+
+def chain_of_one(network: Identity, *leaves: Leaf) -> list[Line]:
+    before = rules.opening(network.public, NODES[0].public, CLASSES[0], START, SECONDS)
+    after = rules.advance(before, leaves)
+    return [
+        receipts_file.chain_line(before),
+        *(receipts_file.leaf_line(seq, made) for seq, made in enumerate(leaves, 1)),
+        receipts_file.statement_line(after, rules.sign_as_network(network, after), b"", ""),
+    ]
+
+
+def test_a_strangers_receipts_under_the_name_of_a_network_are_named() -> None:
+    lines = [receipts_file.header(by="network", network_key=NETWORK.public), *chain_of_one(STRANGER, forged(10**9))]
+    assert "another network" in sentences(checked(lines))
+
+
+def test_a_proof_against_another_networks_root_is_named() -> None:
+    opening = rules.opening(NETWORK.public, NODES[0].public, CLASSES[0], START, SECONDS)
+    root = rules.merkle_root([rules.merkle_entry(NODES[0].public, CLASSES[0], 1, rules.leaf_hash(forged(1)))])
+    signature = STRANGER.sign(rules.period_root_bytes(STRANGER.public, START, SECONDS, 1, root))
+    for name in (NETWORK.public, b""):  # also where the header names no network
+        lines = [
+            receipts_file.header(by="network", network_key=name, account="account-1"),
+            receipts_file.root_line(STRANGER.public, START, SECONDS, 1, root, signature),
+            receipts_file.entry_line(opening, 1, forged(1), 0, ()),
+        ]
+        assert "the root of its period is not in the file" in sentences(checked(lines))
+
+
+def test_a_second_root_of_a_period_is_named_though_the_network_signed_it() -> None:
+    lines = Books().lines()
+    assert "had its root before" in sentences(checked([lines[0], Books(19).root(), *lines[1:]]))
+
+
+def test_a_forged_leaf_after_a_gap_cannot_say_more_than_the_signed_totals_and_is_counted() -> None:
+    lines = json.loads(json.dumps(Books().lines(by="node", node=0)))
+    first = leaves_of(lines)[0]
+    statement = next(i for i, line in enumerate(lines) if line["kind"] == "statement")
+    lines = lines[:first] + lines[statement + 1 :]
+    lines[first]["leaf"] = receipts_file.leaf_object(forged(10**9))
+    assert "its leaves alone make" in sentences(checked(lines))
+    lines[first]["leaf"] = receipts_file.leaf_object(forged(0))
+    found = checked(lines)
+    assert not found.problems and found.unchained > 0
+    assert "no hash chain covers them" in sentences(checked(lines, strict=True))
+
+
+def test_a_leaf_below_zero_that_lowers_the_totals_is_named_though_the_network_signed_it() -> None:
+    lines = [
+        receipts_file.header(by="network", network_key=NETWORK.public, node_key=NODES[0].public),
+        *chain_of_one(NETWORK, forged(100), forged(-5, "negative")),
+    ]
+    assert "output_tokens" in sentences(checked(lines))
+
+
+def test_a_file_that_says_it_is_about_another_period_than_its_lines_is_named() -> None:
+    for lines in (Books().lines(), Books().lines(by="node", node=0), Books().account()):
+        lines[0]["period_start_seconds"] = START + SECONDS
+        assert "the file is about period" in sentences(checked(lines))
+
+
 # ---------------------------------------------------------------- two files
 
 

@@ -189,6 +189,7 @@ class Found:
     charge_nanocredits: int = 0
     disputed: int = 0
     unproven: int = 0  # entries whose period is open
+    unchained: int = 0  # leaves after a gap: the totals over them are signed, and what they say is not
     roots: int = 0
     claims_wrong: int = 0  # not over the output that was counted, which is no matter of money
 
@@ -214,8 +215,9 @@ def check(
 ) -> Found:
     """Reads a file from its first line to its last and checks all that its keys can prove.
 
-    `network_key` and `node_key` are those that the file should be about. `strict` makes leaves without a
-    countersignature, entries without a root, and claims over another output problems too.
+    `network_key` and `node_key` are those that the file should be about; without them, those that its header names.
+    `strict` makes leaves without a countersignature or after a gap, entries without a root, and claims over another
+    output problems too.
     """
     reader = _Reader(Found(name), network_key, node_key)
     for number, raw in enumerate(lines, 1):
@@ -233,6 +235,8 @@ def check(
         reader.say(f"{found.leaves_not_countersigned} leaves are not countersigned by their node", whole=True)
     if strict and found.claims_wrong:
         reader.say(f"{found.claims_wrong} leaves carry a claim that is not over their output", whole=True)
+    if strict and found.unchained:
+        reader.say(f"{found.unchained} leaves follow a gap, so that no hash chain covers them", whole=True)
     if strict and found.unproven:
         reader.say(f"{found.unproven} leaves are of periods that have no root yet", whole=True)
     return found
@@ -251,7 +255,7 @@ class _Reader:
         self._since: list[Leaf] = []
         self._next_seq = 1
         self._works: dict[tuple[bytes, str, int], int] = {}
-        self._roots: dict[tuple[int, int], tuple[int, bytes, int]] = {}
+        self._roots: dict[tuple[bytes, int, int], tuple[int, bytes, int]] = {}
         self._unread = False  # a line of this chain could not be read
 
     def say(self, sentence: str, *, whole: bool = False) -> None:
@@ -309,7 +313,9 @@ class _Reader:
         if self.found.by not in ("network", "node"):
             raise _Wrong("it does not say whether a network or a node wrote it")
         if line["network_key"]:
-            self._ours(_bytes(line, "network_key"), self._network_key, "network")
+            network_key = _bytes(line, "network_key")
+            self._ours(network_key, self._network_key, "network")
+            self._network_key = network_key  # nothing of another network may stand under its name
         if self.found.node_key:
             self._ours(self.found.node_key, self._node_key, "node")
 
@@ -318,9 +324,12 @@ class _Reader:
         start, seconds = _int(line, "period_start_seconds"), _int(line, "period_seconds", least=1)
         leaves, root, network_key = _int(line, "leaves"), _bytes(line, "root"), _bytes(line, "network_key")
         self._ours(network_key, self._network_key, "network")
+        self._in_period(start)
+        if (network_key, start, seconds) in self._roots:
+            raise _Wrong(f"period {start} had its root before: a network signs one")
         signed = rules.period_root_bytes(network_key, start, seconds, leaves, root)
         self.found.roots += 1
-        self._roots[start, seconds] = (leaves, root, self.line)
+        self._roots[network_key, start, seconds] = (leaves, root, self.line)
         if not verify(network_key, signed, _bytes(line, "signature")):
             raise _Wrong(f"the network's signature is not over this root of period {start}")
 
@@ -338,6 +347,7 @@ class _Reader:
         chain = self._in_chain()
         seq, leaf = _int(line, "seq", least=1), _leaf_of(line["leaf"])
         _bytes(line, "salt") if "salt" in line else b""
+        _checked(chain.opening, (leaf,))
         if seq in chain.leaves:
             raise _Wrong(f"leaf {seq} is in the file twice")
         if seq != self._next_seq:
@@ -363,12 +373,26 @@ class _Reader:
             missing = f"leaf {seq - 1} is" if seq == self._next_seq + 1 else f"leaves {self._next_seq} to {seq - 1} are"
             self.say(f"{missing} missing before leaf {seq}")
 
+    def _after_gap(self, statement: Statement, leaves: Sequence[Leaf]) -> None:
+        """Nothing but their sums can be held against leaves whose chain begins before them."""
+        self.found.unchained += len(leaves)
+        least = rules.advance(rules.opening_of(statement), leaves)
+        for name in ("seq", "input_tokens", "cached_tokens", "output_tokens", "pay_nanocredits"):
+            if getattr(statement, name) < getattr(least, name):
+                self.say(
+                    f"the statement at seq {statement.seq} is wrong: its {name} are {getattr(statement, name)}, "
+                    f"and its leaves alone make {getattr(least, name)}"
+                )
+                return
+
     def _statement(self, line: Line) -> None:
         _keys(line, "kind", *_STATEMENT_TOTALS, "network_signature", "node_signature", "remark")
         chain = self._in_chain()
         statement = self._said(chain, line)
         before, since = self._before, self._since
         self._before, self._since = statement, []
+        if before is None:
+            self._after_gap(statement, since)
         if statement.seq >= self._next_seq:
             if self._next_seq <= statement.seq and not self._unread:
                 self.say(f"leaf {statement.seq} is missing: the statement after it is here")
@@ -411,11 +435,12 @@ class _Reader:
         opening = self._opening(line)
         seq, leaf, index = _int(line, "seq", least=1), _leaf_of(line["leaf"]), _int(line, "index", least=-1)
         _bytes(line, "salt") if "salt" in line else b""
+        _checked(opening, (leaf,))
         if not isinstance(line["path"], list) or len(line["path"]) > 63:
             raise _Wrong("its path is none")
         path = [_hex(step, "path") for step in line["path"]]
         self._count(leaf, opening, seq)
-        root = self._roots.get((opening.period_start_seconds, opening.period_seconds))
+        root = self._roots.get((opening.network_key, opening.period_start_seconds, opening.period_seconds))
         if index < 0:
             self.found.unproven += 1
             if path or root is not None:
@@ -449,11 +474,17 @@ class _Reader:
         _checked(opening, ())
         self._ours(network_key, self._network_key, "network")
         self._ours(node_key, self._node_key or self.found.node_key or None, "node")
+        self._in_period(opening.period_start_seconds)
         return opening
 
     def _ours(self, key: bytes, expected: bytes | None, whose: str) -> None:
         if expected is not None and key != expected:
             raise _Wrong(f"it is about another {whose}, with the key {key.hex()[:16]}…")
+
+    def _in_period(self, start: int) -> None:
+        """What a file says that it is about decides what another file is held against."""
+        if self.found.period not in (EVERY_PERIOD, start):
+            raise _Wrong(f"it is of period {start}, and the file is about period {self.found.period}")
 
     def _in_chain(self) -> Chain:
         if self._chain is None:
@@ -481,9 +512,10 @@ class _Reader:
 
     def _check_roots(self) -> None:
         """In a file of a whole network the roots can be made again from the leaves."""
-        periods: dict[tuple[int, int], list[Chain]] = {}
+        periods: dict[tuple[bytes, int, int], list[Chain]] = {}
         for chain in self.found.chains.values():
-            period = (chain.opening.period_start_seconds, chain.opening.period_seconds)
+            opening = chain.opening
+            period = (opening.network_key, opening.period_start_seconds, opening.period_seconds)
             periods.setdefault(period, []).append(chain)
         for period, (leaves, root, line) in self._roots.items():
             chains = sorted(
@@ -499,7 +531,7 @@ class _Reader:
             if len(entries) != leaves or rules.merkle_root(entries) != root:
                 self.line = line
                 self.say(
-                    f"the root of period {period[0]} is not that of its {len(entries)} leaves ({leaves} were signed)"
+                    f"the root of period {period[1]} is not that of its {len(entries)} leaves ({leaves} were signed)"
                 )
 
 
