@@ -238,7 +238,7 @@ def test_all_streams_of_one_engine_step_share_a_frame() -> None:
             await cable.until(lambda: len(cable.ends()) == 64)
             steps = cable.of(Step)
             assert len(steps) <= 60, "64 streams of 50 ids are about 50 steps, not 3200"
-            assert len(steps[10].emissions) == 64
+            assert max(len(step.emissions) for step in steps) == 64
             for stream in range(1, 65):
                 assert len(cable.ids(stream)) == 50
 

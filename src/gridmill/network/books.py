@@ -346,15 +346,18 @@ class Books:
         """
         if len(self._settlements) + len(self._asked) > QUEUE_MAX:
             raise Unavailable("the ledger's database does not answer: try again shortly", RETRY_SECONDS_MAX)
-        if want == 0:
-            return 0
-        purse = self._purse(payer)
-        now = self._clock()
-        if purse.take(want, now):
-            if purse.free < want * SLICE_WORKS_MIN // 2:
-                self._grow_ahead(purse, want)
+        if want == 0 or self.admit_at_once(payer, want):
             return want
-        return await self._refill_and_take(purse, want, least, arrived=now)
+        return await self._refill_and_take(self._purse(payer), want, least, arrived=self._clock())
+
+    def admit_at_once(self, payer: Payer, want: int) -> bool:
+        """Holds `want` when the slice in memory has it; otherwise nothing is held, and `admit` may get more."""
+        purse = self._purse(payer)
+        if len(self._settlements) > QUEUE_MAX or not purse.take(want, self._clock()):
+            return False
+        if purse.free < want * SLICE_WORKS_MIN // 2:
+            self._grow_ahead(purse, want)
+        return True
 
     def give_back(self, payer: Payer, amount: int) -> None:
         """What `admit` held and no order took."""

@@ -366,12 +366,15 @@ class OpenAIGateway:
             return [(want.max_tokens, 0) for want in wanted]
         shares = [_dearest(rows, each, each.max_tokens) for each in wanted]
         want = sum(shares)
-        fewest = request.max_tokens or max(1, request.min_tokens)
-        amount = await self.books.admit(payer, want, sum([_cheapest(rows, each, fewest) for each in wanted]))
+        if self.books.admit_at_once(payer, want):
+            amount = want
+        else:
+            fewest = request.max_tokens or max(1, request.min_tokens)
+            amount = await self.books.admit(payer, want, sum([_cheapest(rows, each, fewest) for each in wanted]))
         if amount == want:
             held = [(each.max_tokens, share) for each, share in zip(wanted, shares, strict=True)]
         else:
-            held = _affordable(amount, rows, fewest, wanted)
+            held = _affordable(amount, rows, request.max_tokens or max(1, request.min_tokens), wanted)
         rest = amount - sum([share for _, share in held])
         self.books.give_back(payer, rest)
         retry_after = self.limits.reserve_cost(account, amount - rest, self.clock())
