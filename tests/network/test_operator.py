@@ -61,6 +61,19 @@ def test_credit_is_given_once_for_each_id_and_taken_back_only_where_there_is_som
     with_operations(database, body)
 
 
+def test_credit_stops_before_a_sum_that_no_database_holds(database: Database) -> None:
+    async def body(do: Operations, store: Store) -> None:
+        await do.accounts_create("acme")
+        for _ in range(4):
+            await do.credit("acme", 10**18)
+        with pytest.raises(Conflict, match="there is room for 0 more"):
+            await do.credit("acme", 1)
+        await do.credit("acme", -(10**18))  # and is not stuck there
+        assert (await do.ledger_check())["problems"] == []
+
+    with_operations(database, body)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

@@ -32,7 +32,8 @@ import msgspec
 from gridmill.network.metering import Charge, split
 from gridmill.network.store import Row, Transaction
 
-COMMAND_NANOCREDITS_MAX = 10**18  # a billion credits: sums of many stay far within a BIGINT
+COMMAND_NANOCREDITS_MAX = 10**18  # a billion credits
+BALANCE_NANOCREDITS_MAX = 4 * 10**18  # what comes in stops here, so that no sum of balances leaves a BIGINT
 ID_CHARACTERS_MAX = 250  # a work's id with a prefix and an epoch; ids are primary keys and must stay short
 MEMO_CHARACTERS_MAX = 500  # a sentence for a person
 OVERDUE_MS = 3_600_000  # gateways end what has expired within seconds; an hour means that none does
@@ -192,8 +193,9 @@ class Refused(msgspec.Struct, frozen=True):
 
     conflict: the id exists with another body. insufficient: `available` is all that could be had, limited by the
     `balance` of an account or the `budget` of a key. closed: the pending has ended (or expired, for an Extend, a Grow
-    or a carving from one past its time). too_much: a post over what remains (`available`). unknown: no such pending.
-    not_expired: a Void with `expired` came too early.
+    or a carving from one past its time). too_much: a post over what remains, or a transfer over what an account can
+    have (`available` is what there is room for). unknown: no such pending. not_expired: a Void with `expired` came too
+    early.
     """
 
     reason: Literal["conflict", "insufficient", "closed", "too_much", "unknown", "not_expired"]
@@ -423,6 +425,8 @@ class Book:
             row = self.accounts[account]
             if row.balance + amount < 0 and not row.outside:
                 return Refused("insufficient", row.balance, "balance")
+            if abs(row.balance + amount) > BALANCE_NANOCREDITS_MAX:
+                return Refused("too_much", BALANCE_NANOCREDITS_MAX - abs(row.balance))
         moved = sum(amount for _, amount in command.legs if amount > 0)
         return self._record(command.transfer_id, command.kind, body, "", moved, command.legs, command.memo)
 

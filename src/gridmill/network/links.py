@@ -53,6 +53,8 @@ STREAM_CREDIT_IDS = 256  # what one slow reader can make a node run ahead; a sec
 CREDIT_GRANT_IDS_MIN = 64  # granting in quarters keeps Credit frames rare without ever starving a stream
 FETCH_TIMEOUT_SECONDS = 120.0  # 64 MiB at 5 Mbit/s; slower nodes try again at their next join
 OFFERS_PER_NODE_MAX = 64
+OFFERS_PAUSE_SECONDS = 1.0  # each change of a price is a row for ever, so a node gets one look a second
+OFFERS_AT_ONCE = 8  # of which so many may come together: models that load one after the other
 
 
 class Receipts(Protocol):
@@ -217,6 +219,7 @@ class NodeLink:
         self._grants: dict[int, int] = {}
         self._granting = False
         self._one_fetch = asyncio.Lock()
+        self.offers_due = 0.0  # by the loop's clock: when the looks at its offers so far were due, one a pause
 
     # ------------------------------------------------------------ for dispatch
 
@@ -499,6 +502,12 @@ class Links:
         done: _Wanted | None = None
         try:
             while (wanted := self._latest_offers.get(node_link)) is not None and wanted is not done:
+                now = asyncio.get_running_loop().time()
+                early = node_link.offers_due - now - OFFERS_AT_ONCE * OFFERS_PAUSE_SECONDS
+                if early > 0:
+                    await asyncio.sleep(early)
+                    continue  # with whatever the node said last
+                node_link.offers_due = max(now, node_link.offers_due) + OFFERS_PAUSE_SECONDS
                 await self._learn_and_serve(node_link, wanted)
                 done = wanted
         finally:
@@ -511,7 +520,8 @@ class Links:
         prices: dict[ClassId, PriceRow] = {}
         held_back: list[ClassOffer] = []
         listings: list[Listing] = []
-        for offer in wanted.offers:
+        # A class has one price on a node: of several offers of one, the last counts.
+        for offer in {offer.model_class.class_id: offer for offer in wanted.offers}.values():
             if not self.registry.may_serve(offer, record.node_id):
                 held_back.append(offer)
                 listings.append(_not_served(offer, "its class waits for the operator: `gridmill classes approve`"))

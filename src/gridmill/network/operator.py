@@ -241,6 +241,11 @@ class Operations:
         if isinstance(result, ledger.Refused):
             if result.reason == "conflict":
                 raise Conflict(f"the id {id!r} was used for another credit: the same id must mean the same credit")
+            if result.reason == "too_much":
+                raise Conflict(
+                    f"there is room for {show_credits(result.available)} more credits: an account, and all that the "
+                    f"operator gives, may come to {show_credits(ledger.BALANCE_NANOCREDITS_MAX)}"
+                )
             raise Conflict(
                 f"{row.name} has {show_credits(result.available)} credits that are not held for running requests: "
                 f"{show_credits(-amount_nanocredits)} cannot be taken back"
