@@ -246,3 +246,32 @@ def test_a_node_that_costs_more_than_is_held_is_not_asked(tmp_path: Path) -> Non
         assert not node.heard_of(Offer)
 
     priced(tmp_path, says(1, then="stop"), body)
+
+
+def test_an_answer_that_leaves_as_a_whole_costs_nothing_when_its_node_breaks_off(tmp_path: Path) -> None:
+    async def body(world: World, till: Till, node: ScriptedNode) -> None:
+        wanted = work()
+        order = await till.order(wanted)
+        order.shown = False
+        with pytest.raises(NodeFault):
+            await world.dispatcher.serve(wanted, order, Reader().emit)
+        assert await till.charged() == 0
+
+    priced(tmp_path, says(1, 2, 3, then="cut"), body)
+
+
+def test_a_caller_of_a_whole_answer_who_leaves_pays_the_prompt_alone(tmp_path: Path) -> None:
+    async def body(world: World, till: Till, node: ScriptedNode) -> None:
+        wanted, reader = work(), Reader()
+        order = await till.order(wanted)
+        order.shown = False
+        task = asyncio.create_task(world.dispatcher.serve(wanted, order, reader.emit))
+        while len(reader.ids) < 2:
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await world.idle()
+        assert await till.charged() == cost(INPUT, 0)
+
+    priced(tmp_path, says(1, 2), body)

@@ -6,10 +6,11 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from test_dispatch import CLASS, ScriptedNode, World, play
-from test_dispatch_money import INPUT, PRICE, Reader, Script, Till, cost, priced, says, work
+from test_dispatch import CLASS, PAYER, ScriptedNode, World, play
+from test_dispatch_money import INPUT, MOST, PRICE, Reader, Script, Till, cost, priced, says, work
 
-from gridmill.network.dispatch import NoRoom
+from gridmill.network.books import Insufficient
+from gridmill.network.dispatch import NodeFault, NoRoom
 from gridmill.network.links import OFFERS_AT_ONCE
 from gridmill.network.store import Transaction
 from gridmill.wire.messages import Accept, ClassOffer, Offer, Offers, Price
@@ -66,6 +67,45 @@ def test_a_work_that_waits_is_not_served_at_a_price_over_what_is_held_for_it(tmp
             await world.dispatcher.serve(second, await till.order(second), Reader().emit)
         await serving
         assert await till.charged() == cost(INPUT, 1)
+
+    play(tmp_path, run)
+
+
+def test_a_node_that_stops_before_its_first_id_earns_nothing(tmp_path: Path) -> None:
+    async def body(world: World, till: Till, node: ScriptedNode) -> None:
+        wanted = work()
+        with pytest.raises(NodeFault, match="before its first id"):
+            await world.dispatcher.serve(wanted, await till.order(wanted), Reader().emit)
+        assert await till.charged() == 0
+
+    priced(tmp_path, says(then="stop"), body)
+
+
+def test_a_node_dearer_than_the_callers_cap_is_not_asked_though_what_is_held_would_pay_it(tmp_path: Path) -> None:
+    async def run(world: World) -> None:
+        till = Till(world)
+        await till.open()
+        await world.join(dear := ScriptedNode(says(1, then="stop"), slots=4, price=Price(190, 0, 0)))
+        held = await world.books.admit(PAYER, MOST, MOST)
+        order = world.order(work(), held)
+        order.max_price = Price(100, 10**9, 500)
+        with pytest.raises(NoRoom, match="no node serves"):
+            await world.dispatcher.serve(work(), order, Reader().emit)
+        assert not dear.heard_of(Offer)
+        assert await till.charged() == 0
+
+    play(tmp_path, run)
+
+
+@pytest.mark.parametrize("want", [2 * 10**17, 2 * 10**18])
+def test_a_request_dearer_than_all_money_is_refused_and_the_books_go_on(tmp_path: Path, want: int) -> None:
+    async def run(world: World) -> None:
+        till = Till(world)
+        await till.open()
+        with pytest.raises(Insufficient):
+            await world.books.admit(PAYER, want, want)
+        world.books.give_back(PAYER, await world.books.admit(PAYER, MOST, MOST))
+        assert await till.charged() == 0
 
     play(tmp_path, run)
 

@@ -31,7 +31,7 @@ from gridmill.network import ledger, receipts, usage
 from gridmill.network.ledger import Command, Done, Extend, Grow, Pend, Refused, Result, Return, Transfer, Void
 from gridmill.network.metering import NOTHING, Charge, PriceRow, Usage, charge
 from gridmill.network.store import Action, Store, StoreUnusable, Transaction
-from gridmill.wire.messages import Leaf
+from gridmill.wire.messages import Leaf, Price
 from gridmill.wire.receipts import IdsHash, ids_hash
 from gridmill.wire.sampling import pack_ids
 
@@ -170,11 +170,13 @@ class Order:
         "count",
         "deferred",
         "epoch",
+        "forgiven",
         "input_tokens",
         "journalled",
         "journalled_count",
         "keeps_ids",
         "lease_id",
+        "max_price",
         "model",
         "payer",
         "prompt_hash",
@@ -183,6 +185,7 @@ class Order:
         "scores",
         "server",
         "settled",
+        "shown",
         "start",
         "started_ms",
         "work_id",
@@ -213,10 +216,14 @@ class Order:
         self.server: Server | None = None
         self.cached_tokens = 0
         self.started_ms = 0
+        self.max_price: Price | None = None  # the caller's: a dearer node is not asked
         self.count = 0
         self.journalled = False
         self.journalled_count = -1
         self.settled = False
+        # Whether the caller has what was delivered: while an answer that leaves as a whole is not out, nothing is owed.
+        self.shown = True
+        self.forgiven = False  # another choice of the same answer failed: the caller gets nothing of this one either
         self.keeps_ids = (
             False  # whether the answer itself goes into the database (work_answers), for idempotent requests
         )
@@ -235,6 +242,11 @@ class Order:
     def ids(self) -> list[int]:
         """All that was delivered; not to be changed."""
         return self._ids
+
+    @property
+    def owed_count(self) -> int:
+        """How many of the ids delivered count, should it end here."""
+        return self.count if self.shown else 0
 
     def output_hash(self, keep: int) -> bytes:
         """Over the first `keep` ids delivered."""
@@ -505,7 +517,9 @@ class Books:
 
     async def _lease(self, purse: _Purse, amount: int, at_least: int) -> Refused | None:
         """Makes the slice larger by at least `at_least`. None when it did. Raises Unavailable."""
-        amount = max(amount, at_least)
+        if at_least > ledger.COMMAND_NANOCREDITS_MAX:
+            return Refused("insufficient", 0, "balance")  # more than any command may move
+        amount = min(max(amount, at_least), ledger.COMMAND_NANOCREDITS_MAX)
         asked = self._clock()
         if purse.lease_id:
             result = await self._ask(Grow(self._new_id("grow"), purse.lease_id, amount, at_least))
@@ -554,7 +568,8 @@ class Books:
             else:
                 purse.grow_after = self._clock() + 1.0  # not again at once
 
-        self._asked.append(_Asked(Grow(self._new_id("grow"), lease_id, want * purse.works_per_slice, 1), grown))
+        amount = min(want * purse.works_per_slice, ledger.COMMAND_NANOCREDITS_MAX)
+        self._asked.append(_Asked(Grow(self._new_id("grow"), lease_id, amount, 1), grown))
         self._flush_soon()
 
     async def _renew(self, purse: _Purse) -> None:
@@ -724,12 +739,12 @@ class Books:
                 # So may what a new hold is taken from; and a work's last row has to go before its next one comes.
                 if not self._settlements and len(opened) < BATCH_MAX:
                     order.journalled = True
-                    order.journalled_count = order.count
+                    order.journalled_count = order.owed_count
                     opened.append(order)
-            elif order.count != order.journalled_count:
-                order.journalled_count = order.count
+            elif order.owed_count != order.journalled_count:
+                count = order.journalled_count = order.owed_count
                 kept = pack_ids(order.ids()) if order.keeps_ids else None
-                moved.append((order.count, order.output_hash(order.count), kept, order.work_id))
+                moved.append((count, order.output_hash(count), kept, order.work_id))
         if not (asked or settlements or announcements or opened or moved):
             return None
         rows = [self._row(order) for order in opened]
@@ -743,8 +758,8 @@ class Books:
             *(order.work_id, order.epoch, self._holder, hold_id_of(order.work_id, order.epoch) if order.amount else ""),
             *(order.payer.account_id, order.payer.key_id, order.model),
             *(server.node_id, server.node_key, server.owner_id, order.class_id, _encode_row(server.row)),
-            *(order.input_tokens, order.cached_tokens, order.count),
-            *(order.prompt_hash, order.output_hash(order.count), order.salt, order.start, order.started_ms, 0),
+            *(order.input_tokens, order.cached_tokens, order.owed_count),
+            *(order.prompt_hash, order.output_hash(order.owed_count), order.salt, order.start, order.started_ms, 0),
             pack_ids(order.ids()) if order.keeps_ids else None,
         )
 
@@ -1113,7 +1128,14 @@ async def _settle(
         # The lease ended while its gateway stood still. The user keeps the money, the node gets its pay all the same.
         await ledger.apply(transaction, [_write_off(s) for s in late if s.leaf.pay_nanocredits])
         written.lost_nanocredits = sum(s.leaf.pay_nanocredits for s in late)
-    lost = {s.work_id for s in late}
+        lost = {(s.work_id, s.epoch) for s in late}
+        unpaid = {"charge_nanocredits": 0}
+        settlements = [
+            msgspec.structs.replace(s, leaf=msgspec.structs.replace(s.leaf, **unpaid))
+            if (s.work_id, s.epoch) in lost
+            else s
+            for s in settlements
+        ]
     await usage.add(
         transaction,
         [
@@ -1126,7 +1148,7 @@ async def _settle(
                 s.leaf.input_tokens,
                 s.leaf.cached_tokens,
                 s.leaf.output_tokens,
-                0 if s.work_id in lost else s.leaf.charge_nanocredits,
+                s.leaf.charge_nanocredits,
             )
             for s in settlements
         ],

@@ -230,6 +230,7 @@ class Dispatcher:
                 self._registry.snapshot(),
                 excluded=excluded,
                 affordable_nanocredits=order.amount,
+                max_price=order.max_price,
             )
             if isinstance(found, scheduler.Placement) and not ahead:
                 node_link = self._links.find(found.node_id)
@@ -383,17 +384,17 @@ class _Run:
         except LinkLost as lost:
             raise self._failure("node_lost", f"the node was lost ({lost})", forfeits=not record.draining) from None
         except NodeSilent:
-            node_link.cancel(stream, self._start + order.count)
+            node_link.cancel(stream, self._start + order.owed_count)
             raise self._failure("node_stalled", f"the node sent nothing for {STALL_TIMEOUT_SECONDS:.0f} s") from None
         except (_Refused, CallerFault):
             node_link.cancel(stream)
             raise
         except NodeFault:
             node_link.cancel(stream, self._start + before)  # `emit` could not read the last ids: nobody was given them
-            self._settle(Usage(0, 0, before), "failed", None)
+            self._settle(Usage(0, 0, before if order.shown else 0), "failed", None)
             raise
         except BaseException:
-            node_link.cancel(stream, self._start + order.count)
+            node_link.cancel(stream, self._start + order.owed_count)
             if order.server is not None:
                 self._settle_when_claimed(self._left_after(self._clock() - accepted, record, class_id), stream)
             raise
@@ -440,6 +441,8 @@ class _Run:
             raise self._failure("node_failed", f"the node says: {end.detail or 'its engine failed'}")
         if end.kind == "cancelled":
             raise self._failure("node_cancelled", "the node stopped by itself", forfeits=not record.draining)
+        if end.kind == "stop" and not delivered:
+            raise self._failure("empty_answer", "the node called the answer complete before its first id")
         if end.count != delivered:
             raise self._failure("count_disagrees", f"the node says {end.count} ids, {delivered} arrived")
         if end.kind == "length" and self._start + delivered != work.sampling.max_tokens:
@@ -482,8 +485,10 @@ class _Run:
     def _left_after(self, seconds: float, record: NodeRecord, class_id: ClassId) -> Usage:
         """A caller who leaves pays the prompt once an id was made, before that what can have been computed of it."""
         order = self._order
+        if order.forgiven and not order.shown:
+            return Usage()
         if order.count:
-            return Usage(self._input_tokens, order.cached_tokens, order.count)
+            return Usage(self._input_tokens, order.cached_tokens, order.owed_count)
         rate = record.prefill_speed.get(class_id, 0.0)
         computed = min(self._input_tokens, order.cached_tokens + int(seconds * rate))
         return Usage(computed, min(order.cached_tokens, computed), 0)
@@ -495,6 +500,9 @@ class _Run:
             self._books.unserve(order)
             return _Refused(code, detail)
         if order.server is not None:
-            used = Usage(0 if forfeits else self._input_tokens, 0 if forfeits else order.cached_tokens, order.count)
+            if forfeits or not order.shown:
+                used = Usage(0, 0, order.owed_count)
+            else:
+                used = Usage(self._input_tokens, order.cached_tokens, order.count)
             self._settle(used, "failed", None)
         return NodeFault(code, detail)

@@ -11,9 +11,9 @@ from typing import Literal
 
 import msgspec
 
-from gridmill.network.metering import most
+from gridmill.network.metering import most, within
 from gridmill.network.registry import NodeView, Snapshot
-from gridmill.wire.messages import NodeId
+from gridmill.wire.messages import NodeId, Price
 
 OUTPUT_TOKENS_EXPECTED_MAX = 256  # most answers end long before `max_tokens`; beyond this the guess only adds noise
 
@@ -38,15 +38,18 @@ def place(
     *,
     excluded: Collection[NodeId] = (),
     affordable_nanocredits: int | None = None,
+    max_price: Price | None = None,
 ) -> Placement | Full:
     """The node with the least expected time among those with room; `excluded` already failed this work.
 
-    A node that could cost more than `affordable_nanocredits`, which is what is held for this work, is no candidate.
+    A node that could cost more than `affordable_nanocredits`, which is what is held for this work, is no candidate, and
+    none that asks more per token than the caller's `max_price`.
     """
     candidates = [
         view
         for view in snapshot.by_class.get(class_id, ())
         if view.node_id not in excluded
+        and within(view.price, max_price)
         and (
             affordable_nanocredits is None
             or view.price.free

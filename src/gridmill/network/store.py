@@ -193,14 +193,14 @@ class SqliteStore:
     def _read(self, action: Action[T]) -> T:
         try:
             connection = sqlite3.connect(f"{self._path.resolve().as_uri()}?mode=ro", uri=True, isolation_level=None)
-            try:
-                connection.execute("PRAGMA busy_timeout = 5000")
-                connection.execute("BEGIN")
-                return _run_at_once(action(_SqliteTransaction(connection, self._wall_clock)))
-            finally:
-                connection.close()
         except sqlite3.OperationalError as error:
             raise StoreUnusable(f"{self._path} cannot be read ({error})") from error
+        try:
+            connection.execute("PRAGMA busy_timeout = 5000")
+            connection.execute("BEGIN")
+            return _run_at_once(action(_SqliteTransaction(connection, self._wall_clock)))
+        finally:
+            connection.close()
 
     def listen(self, changed: Changed) -> None:
         self._listeners.append(changed)

@@ -252,6 +252,8 @@ class OpenAIGateway:
         for want, (max_tokens, amount) in zip(wanted, held, strict=True):
             work_id = f"{request_id}-{want.index}"
             order = self.books.order(payer, work_id, card.class_id, card.name, want.input_tokens, amount)
+            order.max_price = request.max_price
+            order.shown = request.stream  # else the caller has nothing until it has all
             if amount and account.cost_per_minute_nanocredits is not None:
                 order.charged = self._correct_rate(account)
             sampling = request.sampling(choice_seed(base, want.index), len(want.delivered) // 4 + max_tokens)
@@ -593,7 +595,12 @@ class _Answer(Showing):
                 raise Enough(choice.tokens)
 
         planned = self._planned[choice.index]
-        outcome = await dispatcher.serve(planned.work, planned.order, emit, placed=self._placed)
+        try:
+            outcome = await dispatcher.serve(planned.work, planned.order, emit, placed=self._placed)
+        except (NodeFault, NoRoom):
+            for other in self._planned:
+                other.order.forgiven = True  # the caller leaves with nothing of them, and not by choice
+            raise
         self._charge_nanocredits += outcome.charge_nanocredits
         tail = choice.finish(outcome)
         self._unfinished -= 1
