@@ -22,7 +22,7 @@ import uvicorn
 
 from gridmill import __version__
 from gridmill.network.accounts import Accounts, KeyId
-from gridmill.network.books import Books, GatewayId
+from gridmill.network.books import Books
 from gridmill.network.control import ControlError, ControlServer, FolderLock
 from gridmill.network.dispatch import Dispatcher
 from gridmill.network.gateway.admin import PREFIX as ADMIN_PREFIX
@@ -41,6 +41,7 @@ from gridmill.network.operator import MIGRATIONS, Operations
 from gridmill.network.receipts import Desk
 from gridmill.network.registry import Registry
 from gridmill.network.settings import NetworkSettings, is_loopback
+from gridmill.network.settlement import GatewayId
 from gridmill.network.store import Store, Transaction, store_at
 from gridmill.network.text import TextService
 from gridmill.wire.identity import Identity

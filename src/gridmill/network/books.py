@@ -23,13 +23,28 @@ import functools
 import json
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NewType, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
-from gridmill.network import ledger, receipts, usage
-from gridmill.network.ledger import Command, Done, Extend, Grow, Pend, Refused, Result, Return, Transfer, Void
-from gridmill.network.metering import NOTHING, Charge, PriceRow, Usage, charge
+from gridmill.network import ledger, receipts
+from gridmill.network.ledger import Command, Done, Extend, Grow, Pend, Refused, Result, Return, Void
+from gridmill.network.metering import NOTHING, Charge, Usage, charge
+from gridmill.network.settlement import (
+    COLUMNS,
+    Batch,
+    Finish,
+    Gateway,
+    GatewayId,
+    Payer,
+    Server,
+    Settlement,
+    Written,
+    encode_row,
+    from_row,
+    hold_id_of,
+    settle,
+)
 from gridmill.network.store import Action, Store, StoreUnusable, Transaction
 from gridmill.wire.messages import Leaf, Price
 from gridmill.wire.receipts import IdsHash, ids_hash
@@ -38,8 +53,6 @@ from gridmill.wire.sampling import pack_ids
 log = logging.getLogger("gridmill.network.books")
 
 T = TypeVar("T")
-GatewayId = NewType("GatewayId", str)
-Finish = Literal["stop", "length", "cancelled", "failed", "lost"]
 
 TICK_SECONDS = 0.04  # so that settlements and delivered counts are on disk within 50 ms; larger batches cost less each
 BATCH_SOON = 256  # that many settlements do not wait for the tick
@@ -52,68 +65,6 @@ REFILL_ATTEMPTS = 5  # a slice can be asked back while more is being leased; the
 RECLAIM_SECONDS = 3.0  # what another gateway may take to give back what it does not use
 RETRY_SECONDS_MAX = 5.0
 RECOVER_WORKS = 200  # works settled in one transaction after a crash
-
-MIGRATION = """
-CREATE TABLE open_works (
-    work_id TEXT PRIMARY KEY,
-    epoch BIGINT NOT NULL,
-    holder TEXT NOT NULL,
-    hold_id TEXT NOT NULL,
-    account_id TEXT NOT NULL,
-    key_id TEXT NOT NULL,
-    model TEXT NOT NULL,
-    node_id TEXT NOT NULL,
-    node_key BLOB NOT NULL,
-    owner_id TEXT NOT NULL,
-    class_id TEXT NOT NULL,
-    price TEXT NOT NULL,
-    input_tokens BIGINT NOT NULL,
-    cached_tokens BIGINT NOT NULL,
-    output_tokens BIGINT NOT NULL,
-    prompt_hash BLOB NOT NULL,
-    output_hash BLOB NOT NULL,
-    salt BLOB NOT NULL,
-    start BIGINT NOT NULL,
-    started_ms BIGINT NOT NULL,
-    expires_ms BIGINT NOT NULL,
-    kept_ids BLOB
-);
-CREATE INDEX open_works_by_holder ON open_works (holder);
-CREATE INDEX open_works_by_expiry ON open_works (expires_ms);
-CREATE TABLE work_answers (
-    work_id TEXT NOT NULL,
-    epoch BIGINT NOT NULL,
-    start BIGINT NOT NULL,
-    ids BLOB NOT NULL,
-    scores BLOB,
-    finish TEXT NOT NULL,
-    input_tokens BIGINT NOT NULL,
-    cached_tokens BIGINT NOT NULL,
-    charge_nanocredits BIGINT NOT NULL,
-    node_id TEXT NOT NULL,
-    at_ms BIGINT NOT NULL,
-    PRIMARY KEY (work_id, epoch)
-);
-CREATE INDEX work_answers_by_age ON work_answers (at_ms);
-CREATE TABLE network_key (
-    one BIGINT PRIMARY KEY CHECK (one = 1),
-    key BLOB NOT NULL
-);
-CREATE TABLE book_batches (
-    holder TEXT PRIMARY KEY,
-    batch_id TEXT NOT NULL
-);
-CREATE TABLE lease_fences (
-    source TEXT PRIMARY KEY,
-    fence BIGINT NOT NULL
-);
-"""
-
-_COLUMNS = (
-    *("work_id", "epoch", "holder", "hold_id", "account_id", "key_id", "model", "node_id", "node_key", "owner_id"),
-    *("class_id", "price", "input_tokens", "cached_tokens", "output_tokens", "prompt_hash", "output_hash", "salt"),
-    *("start", "started_ms", "expires_ms", "kept_ids"),
-)
 
 
 class Insufficient(Exception):
@@ -137,23 +88,6 @@ class Unavailable(Exception):
         super().__init__(detail)
         self.detail = detail
         self.retry_after_seconds = retry_after_seconds
-
-
-class Payer(msgspec.Struct, frozen=True):
-    """Who pays. `key_id` decides which slice is used only when that key has a budget of its own."""
-
-    account_id: str
-    key_id: str
-    has_budget: bool = False
-
-
-class Server(msgspec.Struct, frozen=True):
-    """Who serves a work, and at which price."""
-
-    node_id: str
-    node_key: bytes
-    owner_id: str
-    row: PriceRow
 
 
 class Order:
@@ -287,24 +221,6 @@ class _Purse:
         return True
 
 
-class _Settlement(msgspec.Struct, frozen=True):
-    """What one work came to. `order_journalled`: there is a row in open_works, and who finds it settles."""
-
-    work_id: str
-    epoch: int
-    journalled: bool
-    lease_id: str
-    payer: Payer
-    model: str
-    class_id: str
-    server: Server
-    salt: bytes
-    leaf: Leaf
-    cost: Charge
-    kept_ids: bytes | None = None
-    scores: bytes | None = None
-
-
 class _Asked(msgspec.Struct, frozen=True):
     """A command whose result somebody waits for, or that does not matter (`done` is None)."""
 
@@ -330,17 +246,16 @@ class Books:
     ) -> None:
         self._store = store
         self._holder = holder
-        self._network_key = network_key
         self._clock = clock
         self._wall_ms = wall_ms
         self._entropy = entropy
-        self._period_seconds = period_seconds
         self._lease_seconds = lease_seconds
+        self._gateway = Gateway(holder, network_key, period_seconds, lease_seconds)
         self.send_receipts = send_receipts
         self._purses: dict[tuple[str, str], _Purse] = {}
         self._live: dict[str, Order] = {}
         self._asked: list[_Asked] = []
-        self._settlements: list[Callable[[], _Settlement]] = []
+        self._settlements: list[Callable[[], Settlement]] = []
         self._announcements: list[tuple[str, str]] = []
         self._wake = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
@@ -698,11 +613,12 @@ class Books:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            batch = self._collect()
-            if batch is None:
+            collected = self._collect()
+            if collected is None:
                 if self._live:
                     self._flush_soon()  # what they are given shows at the next tick
                 continue
+            batch, asked = collected
             while True:
                 try:
                     written = await self._store.run(batch.write)
@@ -714,7 +630,7 @@ class Books:
                 else:
                     pause = 0.1
                     break
-            self._written(batch, written)
+            self._written(asked, written)
             if self._asked or self._settlements or self._announcements:
                 if len(self._asked) + len(self._settlements) >= BATCH_SOON or self._announcements:
                     self._wake.set()
@@ -723,7 +639,7 @@ class Books:
             elif self._live:
                 self._flush_soon()
 
-    def _collect(self) -> _Batch | None:
+    def _collect(self) -> tuple[Batch, list[_Asked]] | None:
         """Takes what is queued, and what the journal needs to know of running works."""
         settlements, self._settlements = self._settlements[:BATCH_MAX], self._settlements[BATCH_MAX:]
         asked: list[_Asked] = []
@@ -749,7 +665,9 @@ class Books:
             return None
         rows = [self._row(order) for order in opened]
         holds = [(order.amount, order.lease_id) for order in opened]
-        return _Batch(self, self._new_id("batch"), asked, settlements, rows, holds, moved, announcements)
+        commands = [each.command for each in asked]
+        batch = Batch(self._gateway, self._new_id("batch"), commands, settlements, rows, holds, moved, announcements)
+        return batch, asked
 
     def _row(self, order: Order) -> tuple[Any, ...]:
         server = order.server
@@ -757,14 +675,14 @@ class Books:
         return (
             *(order.work_id, order.epoch, self._holder, hold_id_of(order.work_id, order.epoch) if order.amount else ""),
             *(order.payer.account_id, order.payer.key_id, order.model),
-            *(server.node_id, server.node_key, server.owner_id, order.class_id, _encode_row(server.row)),
+            *(server.node_id, server.node_key, server.owner_id, order.class_id, encode_row(server.row)),
             *(order.input_tokens, order.cached_tokens, order.owed_count),
             *(order.prompt_hash, order.output_hash(order.owed_count), order.salt, order.start, order.started_ms, 0),
             pack_ids(order.ids()) if order.keeps_ids else None,
         )
 
-    def _written(self, batch: _Batch, written: _Written) -> None:
-        for asked, result in zip(batch.asked, written.results, strict=True):
+    def _written(self, commands: Sequence[_Asked], written: Written) -> None:
+        for asked, result in zip(commands, written.results, strict=True):
             if asked.done is not None:
                 asked.done(result)
         for work_id in written.unbacked:
@@ -802,11 +720,8 @@ class Books:
         asked = self._clock()
         expires_ms = await self._now_ms() + int(self._lease_seconds * 1000)
         for key, purse in list(self._purses.items()):
-            if purse.live or purse.waiting:
-                idle = False
-            else:
-                idle = not purse.lease_id or asked - purse.used_at > IDLE_SECONDS
-            if idle:
+            used = purse.live or purse.waiting or (purse.lease_id and asked - purse.used_at <= IDLE_SECONDS)
+            if not used:
                 del self._purses[key]
                 if purse.lease_id:
                     self._asked.append(_Asked(Void(f"{purse.lease_id}:idle", purse.lease_id)))
@@ -843,7 +758,7 @@ class Books:
             return [row[0] for row in rows]
 
         while work_ids := await self._store.run(abandoned):
-            await self._settle_journalled(work_ids)
+            await self._settle_journalled(work_ids, overdue=True)
 
         async def expire(transaction: Transaction) -> int:
             # Leases only: a hold ends with the work whose row in the journal it belongs to.
@@ -891,21 +806,28 @@ class Books:
             log.warning("works of an earlier run were settled at their last journalled count", extra={"works": count})
         return count
 
-    async def _settle_journalled(self, work_ids: Sequence[str]) -> None:
-        """Works whose gateway is gone: what it had journalled is what was delivered."""
+    async def _settle_journalled(self, work_ids: Sequence[str], *, overdue: bool = False) -> None:
+        """Works whose gateway is gone: what it had journalled is what was delivered.
+
+        `overdue`: only those whose time is over still; their gateway may just have come back.
+        """
         ended_ms = self._wall_ms()
 
-        async def settle(transaction: Transaction) -> None:
+        async def settle_them(transaction: Transaction) -> None:
             rows = await transaction.among(
-                f"SELECT {', '.join(_COLUMNS)} FROM open_works WHERE work_id IN (??)", sorted(work_ids), lock=True
+                f"SELECT {', '.join(COLUMNS)} FROM open_works WHERE work_id IN (??)", sorted(work_ids), lock=True
             )
-            found = [_from_row(dict(zip(_COLUMNS, row, strict=True)), ended_ms) for row in rows]
-            await _settle(transaction, self._network_key, self._period_seconds, found)
+            journal = [dict(zip(COLUMNS, row, strict=True)) for row in rows]
+            if overdue:
+                now_ms = await transaction.now_ms()
+                journal = [row for row in journal if row["expires_ms"] < now_ms]
+            found = [from_row(row, ended_ms) for row in journal]
+            await settle(transaction, self._gateway.network_key, self._gateway.period_seconds, found)
             # The node's link may be at any gateway, which sends it what it has not countersigned.
             for node_id in sorted({settlement.server.node_id for settlement in found}):
                 await transaction.announce("receipts", node_id)
 
-        await self._store.run(settle)
+        await self._store.run(settle_them)
 
     async def close(self) -> None:
         """After the last work: writes everything and gives all slices back. `run` must still be running."""
@@ -968,7 +890,7 @@ def _entry(
     commit_root: bytes,
     claim: bytes,
     ended_ms: int,
-) -> _Settlement:
+) -> Settlement:
     leaf = Leaf(
         work_id=order.work_id,
         epoch=epoch,
@@ -988,7 +910,7 @@ def _entry(
         commit_root=commit_root,
         claim=claim,
     )
-    return _Settlement(
+    return Settlement(
         order.work_id,
         epoch,
         journalled,
@@ -1002,260 +924,4 @@ def _entry(
         cost,
         pack_ids(order.ids()[: used.output_tokens]) if order.keeps_ids else None,
         order.scores(used.output_tokens) if order.keeps_ids and order.scores is not None else None,
-    )
-
-
-# ---------------------------------------------------------------- one transaction
-
-
-class _Written(msgspec.Struct):
-    results: list[Result] = []
-    unsigned: list[receipts.Unsigned] = []
-    unbacked: list[str] = []
-    lost_nanocredits: int = 0
-
-
-class _Batch:
-    """What one transaction carries: commands in order, journal rows, then settlements. May be written again."""
-
-    def __init__(
-        self,
-        books: Books,
-        batch_id: str,
-        asked: Sequence[_Asked],
-        settlements: Sequence[Callable[[], _Settlement]],
-        opened: Sequence[tuple[Any, ...]],
-        holds: Sequence[tuple[int, str]],
-        moved: Sequence[tuple[int, bytes, bytes | None, str]],
-        announcements: Sequence[tuple[str, str]],
-    ) -> None:
-        self.batch_id = batch_id
-        self.asked = asked
-        self._books = books
-        self._entries = settlements
-        self._opened = opened
-        self._holds = holds
-        self._moved = moved
-        self._announcements = announcements
-
-    async def write(self, transaction: Transaction) -> _Written:
-        books = self._books
-        written = _Written([], [], [])
-        commands: list[Command] = [asked.command for asked in self.asked]
-        fresh = await transaction.do(
-            "INSERT INTO book_batches (holder, batch_id) VALUES (?, ?)"
-            " ON CONFLICT (holder) DO UPDATE SET batch_id = excluded.batch_id WHERE book_batches.batch_id <> ?",
-            books._holder,
-            self.batch_id,
-            self.batch_id,
-        )
-        if not fresh:
-            # This very batch was kept although its commit seemed to fail; the ledger tells again what came of it.
-            written.results = await ledger.apply(transaction, commands)
-            return written
-        # Settlements first: what they return to a lease may be what the commands and the new holds take from it.
-        settlements = [entry() for entry in self._entries]
-        settled = await _settle(
-            transaction, books._network_key, books._period_seconds, settlements, holder=books._holder
-        )
-        written.unsigned, written.lost_nanocredits = settled.unsigned, settled.lost_nanocredits
-        if commands:
-            written.results = await ledger.apply(transaction, commands)
-        if self._opened:
-            await self._open(transaction, written)
-        if self._moved:
-            await transaction.do_many(
-                "UPDATE open_works SET output_tokens = ?, output_hash = ?, kept_ids = ?"
-                " WHERE work_id = ? AND holder = ?",
-                [(*row, books._holder) for row in self._moved],
-            )
-        for topic, subject in self._announcements:
-            await transaction.announce(topic, subject)
-        return written
-
-    async def _open(self, transaction: Transaction, written: _Written) -> None:
-        expires_ms = await transaction.now_ms() + int(self._books._lease_seconds * 1000)
-        pends: list[Command] = []
-        rows: list[tuple[Any, ...]] = []
-        known = await transaction.among(
-            "SELECT work_id FROM open_works WHERE work_id IN (??)", sorted(row[0] for row in self._opened)
-        )
-        taken = {row[0] for row in known}
-        for row, (amount, lease_id) in zip(self._opened, self._holds, strict=True):
-            if row[0] in taken:
-                continue  # Another gateway thought this one dead and has taken the work over: it settles it.
-            rows.append((*row[:-2], expires_ms, row[-1]))
-            if amount:
-                hold = ledger.user_hold(row[4])
-                pends.append(
-                    Pend(row[3], "hold", hold, "escrow:request", amount, expires_ms, parent=lease_id, holder=row[2])
-                )
-        results = await ledger.apply(transaction, pends) if pends else []
-        for pend, result in zip(pends, results, strict=True):
-            if isinstance(result, Refused):
-                written.unbacked.append(pend.transfer_id)  # type: ignore[union-attr]
-        await transaction.append("open_works", _COLUMNS, rows)
-
-
-async def _settle(
-    transaction: Transaction,
-    network_key: bytes,
-    period_seconds: int,
-    settlements: Sequence[_Settlement],
-    *,
-    holder: str = "",
-) -> _Written:
-    """Posts, receipts and usage of ended works, together. A journalled work whose row is gone was settled by others."""
-    written = _Written([], [], [])
-    if not settlements:
-        return written
-    journalled = sorted(s.work_id for s in settlements if s.journalled)
-    if journalled:
-        rows = await transaction.among(
-            "SELECT work_id, holder FROM open_works WHERE work_id IN (??)", journalled, lock=True
-        )
-        ours = {row[0] for row in rows if not holder or row[1] == holder}
-        settlements = [s for s in settlements if not s.journalled or s.work_id in ours]
-        await transaction.do_many("DELETE FROM open_works WHERE work_id = ?", [(work_id,) for work_id in sorted(ours)])
-    paid = [s for s in settlements if s.leaf.charge_nanocredits or (s.journalled and s.lease_id)]
-    results = await ledger.apply(transaction, [_post(s) for s in paid])
-    late: list[_Settlement] = []
-    for settlement, result in zip(paid, results, strict=True):
-        # A conflict is none of ours: this part of this work was paid before, with another count.
-        if isinstance(result, Refused) and result.reason != "conflict":
-            late.append(settlement)
-    if late:
-        # The lease ended while its gateway stood still. The user keeps the money, the node gets its pay all the same.
-        await ledger.apply(transaction, [_write_off(s) for s in late if s.leaf.pay_nanocredits])
-        written.lost_nanocredits = sum(s.leaf.pay_nanocredits for s in late)
-        lost = {(s.work_id, s.epoch) for s in late}
-        unpaid = {"charge_nanocredits": 0}
-        settlements = [
-            msgspec.structs.replace(s, leaf=msgspec.structs.replace(s.leaf, **unpaid))
-            if (s.work_id, s.epoch) in lost
-            else s
-            for s in settlements
-        ]
-    await usage.add(
-        transaction,
-        [
-            usage.UsageRow(
-                s.payer.account_id,
-                s.payer.key_id,
-                s.model,
-                s.leaf.ended_ms // 86_400_000,
-                1 if s.leaf.input_tokens or s.leaf.output_tokens else 0,
-                s.leaf.input_tokens,
-                s.leaf.cached_tokens,
-                s.leaf.output_tokens,
-                s.leaf.charge_nanocredits,
-            )
-            for s in settlements
-        ],
-    )
-    at_ms = await transaction.now_ms()
-    answers = [
-        (
-            *(s.work_id, s.epoch, s.leaf.start, s.kept_ids, s.scores, s.leaf.finish, s.leaf.input_tokens),
-            *(s.leaf.cached_tokens, s.leaf.charge_nanocredits, s.server.node_id, at_ms),
-        )
-        for s in settlements
-        if s.kept_ids is not None
-    ]
-    if answers:
-        await transaction.do_many(
-            "INSERT INTO work_answers (work_id, epoch, start, ids, scores, finish, input_tokens, cached_tokens,"
-            " charge_nanocredits, node_id, at_ms) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
-            answers,
-        )
-    written.unsigned = await receipts.settle(
-        transaction,
-        network_key,
-        [
-            receipts.Segment(
-                s.server.node_id,
-                s.server.node_key,
-                s.class_id,
-                s.leaf,
-                s.salt,
-                s.payer.account_id,
-                s.payer.key_id,
-                s.model,
-            )
-            for s in settlements
-            if s.leaf.input_tokens or s.leaf.output_tokens
-        ],
-        at_ms,
-        period_seconds,
-    )
-    return written
-
-
-def _post(settlement: _Settlement) -> Command:
-    pending_id = hold_id_of(settlement.work_id, settlement.epoch) if settlement.journalled else settlement.lease_id
-    return ledger.settlement(
-        settlement.work_id,
-        settlement.epoch,
-        pending_id,
-        settlement.cost,
-        settlement.server.owner_id,
-        close=settlement.journalled,
-    )
-
-
-def _write_off(settlement: _Settlement) -> Command:
-    pay = settlement.leaf.pay_nanocredits
-    return Transfer(
-        ledger.settlement_id(settlement.work_id, settlement.epoch) + ":loss",
-        "loss",
-        (("loss", -pay), (ledger.provider_held(settlement.server.owner_id), pay)),
-        memo="settled after its lease had ended",
-    )
-
-
-def hold_id_of(work_id: str, epoch: int) -> str:
-    return f"hold:{work_id}:{epoch}"
-
-
-def _encode_row(row: PriceRow) -> str:
-    return msgspec.json.encode(row).decode()
-
-
-def _from_row(row: dict[str, Any], ended_ms: int) -> _Settlement:
-    """What a journalled work came to: its prompt counts once an id was delivered, as for a caller who leaves."""
-    price_row = msgspec.json.decode(row["price"], type=PriceRow)
-    used = Usage(row["input_tokens"], row["cached_tokens"], row["output_tokens"]) if row["output_tokens"] else Usage()
-    cost = charge(price_row, used)
-    leaf = Leaf(
-        work_id=row["work_id"],
-        epoch=row["epoch"],
-        start=row["start"],
-        prompt_hash=bytes(row["prompt_hash"]),
-        output_hash=bytes(row["output_hash"]),
-        input_tokens=used.input_tokens,
-        cached_tokens=used.cached_tokens,
-        output_tokens=used.output_tokens,
-        price_id=price_row.price_id,
-        price=price_row.price,
-        pay_nanocredits=cost.node,
-        charge_nanocredits=cost.total,
-        started_ms=row["started_ms"],
-        ended_ms=max(ended_ms, row["started_ms"]),
-        finish="lost",
-        commit_root=b"",
-        claim=b"",
-    )
-    return _Settlement(
-        row["work_id"],
-        row["epoch"],
-        True,
-        row["hold_id"],
-        Payer(row["account_id"], row["key_id"]),
-        row["model"],
-        row["class_id"],
-        Server(row["node_id"], bytes(row["node_key"]), row["owner_id"], price_row),
-        bytes(row["salt"]),
-        leaf,
-        cost,
-        bytes(row["kept_ids"]) if row["kept_ids"] is not None else None,
     )

@@ -26,10 +26,11 @@ import msgspec
 
 from gridmill.network import scheduler
 from gridmill.network.accounts import KeyId
-from gridmill.network.books import Books, Finish, Order, Server
+from gridmill.network.books import Books, Order
 from gridmill.network.links import LinkLost, Links, NodeLink, NodeSilent, NodeStream
 from gridmill.network.metering import FREE, Usage
 from gridmill.network.registry import NodeRecord, Registry
+from gridmill.network.settlement import Finish, Server
 from gridmill.wire.classes import ClassId
 from gridmill.wire.messages import Emission, End, Generate, NodeId, Refuse
 from gridmill.wire.sampling import pack_ids

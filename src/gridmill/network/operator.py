@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from gridmill.network import accounts as accounts_module
-from gridmill.network import balances, books, idempotency, ledger, receipts, usage
+from gridmill.network import balances, idempotency, ledger, receipts, settlement, usage
 from gridmill.network import registry as registry_module
 from gridmill.network.accounts import AccountId, AccountRow, Accounts, KeyRow, UnknownAccount, UnknownKey
 from gridmill.network.control import Command, ControlError, FolderLock, NotRunning, call
@@ -38,7 +38,7 @@ MIGRATIONS = (
     registry_module.PRICES_MIGRATION,
     usage.MIGRATION,
     ledger.MIGRATION,
-    books.MIGRATION,
+    settlement.MIGRATION,
     receipts.MIGRATION,
     idempotency.MIGRATION,
 )
@@ -132,7 +132,14 @@ class Operations:
 
     async def accounts_show(self, account: str) -> dict[str, Any]:
         row = await self._find(account)
-        nodes = await self._store.read(lambda tx: accounts_module.nodes_of(tx, row.account_id))
+
+        async def read(transaction: Transaction) -> tuple[list[dict[str, object]], list[usage.Earned]]:
+            nodes = await accounts_module.nodes_of(transaction, row.account_id)
+            return nodes, await usage.earned(transaction, row.account_id, usage.EVERY_DAY)
+
+        nodes, earned = await self._store.read(read)
+        for node in nodes:
+            node["earned_nanocredits"] = sum(one.pay_nanocredits for one in earned if one.node_id == node["node_id"])
         return {
             **_account(row),
             **await self._balance(row.account_id),
@@ -411,6 +418,10 @@ async def _operate_offline(folder: Path, database: str | None, command: str, arg
         if database is None:
             # PostgreSQL needs no lock: gateways elsewhere may run, and hear of what is changed.
             held.callback(FolderLock(folder / "network.lock", "gridmill network").release)
+            if (folder / "network.key").exists() and not (folder / "network.sqlite").exists():
+                raise ControlError(
+                    f"{folder} has no database: give the --database that its network runs with, or start that network"
+                )
         store = store_at(database or folder / "network.sqlite", wall_clock=time.time)
         try:
             await store.open(MIGRATIONS)

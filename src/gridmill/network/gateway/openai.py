@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import msgspec
 
 from gridmill.network.accounts import Account, Accounts
-from gridmill.network.books import Books, Insufficient, Order, Payer, Unavailable
+from gridmill.network.books import Books, Insufficient, Order, Unavailable
 from gridmill.network.credits import show_credits
 from gridmill.network.detokenise import ClassText
 from gridmill.network.dispatch import CallerFault, Dispatcher, Enough, NodeFault, NoRoom
@@ -50,6 +50,7 @@ from gridmill.network.idempotency import KEY_CHARACTERS_MAX, Asked, KeyReused, P
 from gridmill.network.limits import Limits
 from gridmill.network.metering import PriceRow, cheapest, most, within
 from gridmill.network.registry import ModelCard, Registry, UnknownModel
+from gridmill.network.settlement import Payer
 from gridmill.network.store import StoreUnusable
 from gridmill.network.text import TextError, TextService
 from gridmill.wire.classes import TextFacts
