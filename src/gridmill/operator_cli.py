@@ -174,16 +174,17 @@ def _accounts_show(arguments: argparse.Namespace, environ: Environment) -> int:
         print("\n" + table(_KEY_COLUMNS, [_key_cells(row) for row in shown["keys"]]))
     if shown["nodes"]:
         cells: list[tuple[str, ...]] = [
-            (n["node_id"], n["key_id"], _moment(n["last_seen_seconds"])) for n in shown["nodes"]
+            (n["node_id"], in_credits(n["earned_nanocredits"]), n["key_id"], _moment(n["last_seen_seconds"]))
+            for n in shown["nodes"]
         ]
-        print("\n" + table(("NODE", "JOINED WITH", "LAST"), cells))
+        print("\n" + table(("NODE", "EARNED", "JOINED WITH", "LAST SEEN"), cells))
     return 0
 
 
 def _accounts_freeze(arguments: argparse.Namespace, environ: Environment) -> int:
     row = operate_on(arguments, environ, f"accounts.{arguments.verb}", account=arguments.account)
-    state = "frozen: none of its keys works" if row["frozen_seconds"] is not None else "not frozen"
-    return _say(arguments, row, f"{row['account_id']} ({row['name']}) is {state}.")
+    state = "is frozen: none of its keys works" if row["frozen_seconds"] is not None else "is not frozen: its keys work"
+    return _say(arguments, row, f"{row['account_id']} ({row['name']}) {state}.")
 
 
 def _keys_create(arguments: argparse.Namespace, environ: Environment) -> int:
@@ -206,7 +207,8 @@ def _keys_create(arguments: argparse.Namespace, environ: Environment) -> int:
 
         print(made["api_key"])
         print(
-            f"This is the only time the key is shown ({made['key_id']}, {made['scope']}, of {made['account_id']}).",
+            f"This is the only time the key is shown ({made['key_id']}, {made['scope']}, "
+            f"of {'' if arguments.account else 'the new account '}{made['account_id']}).",
             file=sys.stderr,
         )
     return 0
@@ -218,7 +220,7 @@ def _keys_list(arguments: argparse.Namespace, environ: Environment) -> int:
     return _show(arguments, rows, _KEY_COLUMNS, cells, "No keys yet: `gridmill keys create NAME` makes one.")
 
 
-_KEY_COLUMNS = ("ID", "NAME", "ACCOUNT", "SCOPE", "LIMITS", "SPENT", "CREATED", "EXPIRES", "REVOKED")
+_KEY_COLUMNS = ("ID", "NAME", "ACCOUNT", "SCOPE", "LIMITS", "SPENT OR HELD", "CREATED", "EXPIRES", "REVOKED")
 
 
 def _key_cells(row: dict[str, Any]) -> tuple[str, ...]:

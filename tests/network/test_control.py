@@ -14,6 +14,7 @@ import pytest
 
 from gridmill.network.control import ControlError, ControlServer, FolderLock, NotRunning, call
 from gridmill.network.operator import operate
+from gridmill.wire.identity import Identity
 
 
 async def double(number: int) -> int:
@@ -109,6 +110,13 @@ def test_a_second_program_on_the_same_folder_is_refused(tmp_path: Path) -> None:
     assert refused.returncode != 0 and "in use by another gridmill network" in refused.stderr
     lock.release()
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_stopped_network_whose_books_are_elsewhere_gets_no_second_ones(tmp_path: Path) -> None:
+    Identity.load_or_create(tmp_path / "network.key")
+    with pytest.raises(ControlError, match="--database"):
+        operate(tmp_path, "ledger.check")
+    assert not (tmp_path / "network.sqlite").exists()
 
 
 def test_keys_can_be_made_listed_and_revoked_while_nothing_runs(tmp_path: Path) -> None:

@@ -126,6 +126,31 @@ def test_what_gateways_lease_and_works_hold_is_shown_as_held(database: Database)
     with_operations(database, body)
 
 
+def test_an_account_is_shown_with_what_each_of_its_nodes_earned_in_all(database: Database) -> None:
+    async def body(do: Operations, store: Store) -> None:
+        account = (await do.accounts_create("farm"))["account_id"]
+
+        async def serve(tx: Transaction) -> None:
+            columns = (
+                *("chain", "node_id", "class_id", "period_start_seconds", "period_seconds", "network_key", "node_key"),
+                *("seq", "input_tokens", "cached_tokens", "output_tokens", "pay_nanocredits", "head"),
+                "countersigned_seq",
+            )
+            rows = [
+                (bytes([day]), "node-1", "c", day * 86_400, 86_400, b"", b"", 1, 9, 0, 9, 10**day, b"", 1)
+                for day in (1, 2)
+            ]
+            await tx.append("receipt_counters", columns, rows)
+            for node in ("node-1", "node-2"):
+                await tx.do("INSERT INTO node_keys VALUES (?, ?, 'key-1', 5)", node, account)
+
+        await store.run(serve)
+        nodes = (await do.accounts_show("farm"))["nodes"]
+        assert [(node["node_id"], node["earned_nanocredits"]) for node in nodes] == [("node-1", 110), ("node-2", 0)]
+
+    with_operations(database, body)
+
+
 def test_a_key_is_listed_with_its_account_its_limits_and_what_it_spent(database: Database) -> None:
     async def body(do: Operations, store: Store) -> None:
         await do.accounts_create("acme")

@@ -54,6 +54,9 @@ class Span(msgspec.Struct, frozen=True):
         return cls(first, last)
 
 
+EVERY_DAY = Span(0, 3_000_000)  # since 1970, for eight thousand years
+
+
 class UsageRow(msgspec.Struct, frozen=True):
     """Totals of one key, model and day. `cached_tokens` is a part of `input_tokens`."""
 
