@@ -317,6 +317,8 @@ async def test_a_quote_says_what_is_held_and_what_all_tokens_cost(made: Stage) -
     assert (said["hold_nanocredits"], [o["within_max_price"] for o in said["offers"]]) == (cheap, [True, False])
     _, said = await made.ask("GET", "/v1/quote?model=demo&input_tokens=10&max_price_input=1", key=key)
     assert (said["hold_nanocredits"], said["max_tokens"]) == (None, 118)
+    _, said = await made.ask("GET", "/v1/quote?model=demo&input_tokens=100&max_tokens=128", key=key)
+    assert said["max_tokens"] == 28, "cut to what fits, as the request would be"
     _, said = await made.ask("POST", "/v1/quote", {"model": "demo", "prompt": "one two three"}, key=key)
     assert said["input_tokens"] == 7
 
@@ -331,7 +333,7 @@ async def test_a_quote_that_cannot_be_made_names_the_parameter(made: Stage) -> N
         ("model=demo&input_tokens=0", "invalid_value"),
         ("model=demo&input_tokens=-5", "invalid_value"),
         ("model=demo&input_tokens=128", "context_length_exceeded"),
-        ("model=demo&input_tokens=100&max_tokens=29", "invalid_value"),
+        ("model=demo&input_tokens=100&max_tokens=129", "invalid_value"),
         ("model=demo&input_tokens=100&max_tokens=0", "invalid_value"),
         ("model=demo&input_tokens=many", "invalid_query"),
     ):

@@ -125,7 +125,7 @@ class Plain:
         if account is None:
             raise ApiError(401, "invalid_api_key", self._accounts.why_not(key.strip()), headers=challenge)
         if not account.scopes & set(scopes):
-            wanted = " or ".join(scopes)
+            wanted = " (or ".join(scopes) + ")" * (len(scopes) - 1)
             raise ApiError(
                 403,
                 "insufficient_scope",
@@ -136,7 +136,7 @@ class Plain:
             raise ApiError(
                 429,
                 "rate_limit_exceeded",
-                f"this key may ask {account.requests_per_minute} times per minute",
+                f"this key may ask {account.requests_per_minute} times per minute: ask again when Retry-After says",
                 headers=[_retry_after(retry_after)],
             )
         return account

@@ -142,10 +142,14 @@ class UsageApi:
                 param="input_tokens",
             )
         max_tokens = min(room, DEFAULT_MAX_TOKENS) if wanted.max_tokens is None else wanted.max_tokens
-        if not 1 <= max_tokens <= room:
+        if not 1 <= max_tokens <= card.facts.context_tokens:
             raise ApiError(
-                400, "invalid_value", f"max_tokens must be between 1 and {room}, all that fits here", param="max_tokens"
+                400,
+                "invalid_value",
+                f"max_tokens must be between 1 and {card.facts.context_tokens}, this model's context, not {max_tokens}",
+                param="max_tokens",
             )
+        max_tokens = min(max_tokens, room)  # as the request itself would be cut
         rows = self._registry.price_rows(card.class_id)
         cap = _cap(wanted)
         costs = [most(row, input_tokens, max_tokens) for row in rows if within(row, cap)]
