@@ -62,7 +62,11 @@ def add_receipts_commands(commands: Any) -> None:
     verify.add_argument("files", metavar="FILE", nargs="+", help="files that `gridmill receipts export` wrote")
     verify.add_argument("--network-key", metavar="HEX", help="the network that they must be of: 64 hex digits")
     verify.add_argument("--node-key", metavar="HEX", help="the node that they must be of: 64 hex digits")
-    verify.add_argument("--strict", action="store_true", help="what is not countersigned or has no root yet is wrong")
+    verify.add_argument(
+        "--strict",
+        action="store_true",
+        help="what is not countersigned is wrong too, and in an account's file what has no root yet",
+    )
     verify.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -192,6 +196,8 @@ def _node_file(arguments: argparse.Namespace, environ: Environment) -> Path | No
     """The node's file where its receipts are meant; None for the network's."""
     folder = data_folder(arguments, environ)
     path = folder / "receipts.sqlite"
+    if not path.exists() and (folder / "node" / "receipts.sqlite").exists():
+        path = folder / "node" / "receipts.sqlite"  # where `gridmill up` keeps its node
     network = arguments.database or (folder / "network.key").exists()
     if arguments.of == "network" or (arguments.of is None and (network or not path.exists())):
         return None
@@ -221,7 +227,10 @@ def _verify(arguments: argparse.Namespace, environ: Environment) -> int:
     }
     found: list[Found] = []
     for name in arguments.files:
-        with Path(name).expanduser().open("rb") as file:
+        path = Path(name).expanduser()
+        if not path.exists():
+            raise SettingsError(f"{name} does not exist: `gridmill receipts export -o FILE` writes one")
+        with path.open("rb") as file:
             # A line beyond the limit comes in pieces, each of which is wrong.
             lines = iter(lambda file=file: file.readline(LINE_BYTES_MAX + 1), b"")  # type: ignore[misc]
             found.append(check(name, lines, **keys, strict=arguments.strict))

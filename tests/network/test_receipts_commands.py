@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,18 @@ def test_the_files_of_network_node_and_account_are_sound_and_agree(
     (facts,) = json.loads(said)["files"]
     assert facts["leaves"] == PAGE_LEAVES + 50 and facts["without_root"] == facts["leaves"] // 2
     assert run(capsys, "verify", "--strict", account)[0] == 1
-    assert run(capsys, "verify", "--network-key", "00" * 32, network)[0] == 1
+    code, said = run(capsys, "verify", "--network-key", "00" * 32, network)
+    assert code == 1 and "another network" in said and "belongs to no chain" not in said, "one sentence for each chain"
+
+
+def test_the_node_of_gridmill_up_is_found_in_the_folder_of_both(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "node").mkdir()
+    shutil.copy(folder / "receipts.sqlite", tmp_path / "node")
+    node = exported(capsys, tmp_path, tmp_path / "node.jsonl", "--of", "node")
+    code, said = run(capsys, "verify", node, "--json")
+    assert code == 0 and json.loads(said)["files"][0]["leaves"] > 0
 
 
 def test_one_period_alone_can_be_exported_and_compared(

@@ -257,6 +257,7 @@ class _Reader:
         self._works: dict[tuple[bytes, str, int], int] = {}
         self._roots: dict[tuple[bytes, int, int], tuple[int, bytes, int]] = {}
         self._unread = False  # a line of this chain could not be read
+        self._refused = False  # the chain's own line was wrong, which was said: its other lines need no sentence each
 
     def say(self, sentence: str, *, whole: bool = False) -> None:
         self.found.problems.append(Problem(self.found.file, 0 if whole else self.line, sentence))
@@ -273,6 +274,8 @@ class _Reader:
             raise _Wrong("it is not as Gridmill writes it: the file was changed or damaged here")
         if (kind == "header") != (self.line == 1):
             raise _Wrong("a header is the first line, and nothing else is")
+        if self._refused and kind in ("leaf", "statement", "dispute"):
+            return
         match kind:
             case "header":
                 self._header(line)
@@ -335,10 +338,12 @@ class _Reader:
 
     def _begin(self, line: Line) -> None:
         self._close_chain()
+        self._refused = True
         _keys(line, "kind", *_CHAIN_FACTS)
         opening = self._opening(line)
         if opening.head in self.found.chains:
             raise _Wrong("this chain was in the file before")
+        self._refused = False
         self._chain = self.found.chains[opening.head] = Chain(opening)
         self._before, self._since, self._next_seq, self._unread = opening, [], 1, False
 
