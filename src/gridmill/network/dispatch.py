@@ -161,7 +161,9 @@ class Dispatcher:
             return await self._serve(work, order, emit, placed)
         except asyncio.CancelledError:
             if serving.revoked and not task.uncancel():
-                raise CallerFault(401, "invalid_api_key", "this API key was revoked while its request ran") from None
+                raise CallerFault(
+                    401, "invalid_api_key", "this API key was revoked, or its account frozen, while its request ran"
+                ) from None
             raise
         finally:
             self._books.release(order)

@@ -360,7 +360,7 @@ class OpenAIGateway:
                 raise ApiError(
                     402,
                     "max_price_too_low",
-                    "no node serves this model within max_price now: the cheapest costs "
+                    "no node serves this model within max_price now: with the network's fee the cheapest costs "
                     f"{most(least, 1, 0)} nanocredits per input token and {most(least, 0, 1)} per output token",
                     param="max_price",
                 )
@@ -386,7 +386,8 @@ class OpenAIGateway:
             raise ApiError(
                 429,
                 "rate_limit_exceeded",
-                f"this key may spend {show_credits(account.cost_per_minute_nanocredits or 0)} credits per minute",
+                f"this key may spend {show_credits(account.cost_per_minute_nanocredits or 0)} credits per minute: try again "
+                f"in {math.ceil(retry_after)} s, or ask the operator for another limit",
                 headers=[_retry_after(retry_after)],
             )
         return held
@@ -400,7 +401,7 @@ class OpenAIGateway:
             raise ApiError(
                 429,
                 "rate_limit_exceeded",
-                f"this key may ask {account.requests_per_minute} times per minute",
+                f"this key may ask {account.requests_per_minute} times per minute: try again in {math.ceil(retry_after)} s",
                 headers=[_retry_after(retry_after)],
             )
 
