@@ -386,8 +386,8 @@ class OpenAIGateway:
             raise ApiError(
                 429,
                 "rate_limit_exceeded",
-                f"this key may spend {show_credits(account.cost_per_minute_nanocredits or 0)} credits per minute: try again "
-                f"in {math.ceil(retry_after)} s, or ask the operator for another limit",
+                f"this key may spend {show_credits(account.cost_per_minute_nanocredits or 0)} credits per minute: "
+                f"try again in {math.ceil(retry_after)} s, or ask the operator for another limit",
                 headers=[_retry_after(retry_after)],
             )
         return held
@@ -401,7 +401,8 @@ class OpenAIGateway:
             raise ApiError(
                 429,
                 "rate_limit_exceeded",
-                f"this key may ask {account.requests_per_minute} times per minute: try again in {math.ceil(retry_after)} s",
+                f"this key may ask {account.requests_per_minute} times per minute: "
+                f"try again in {math.ceil(retry_after)} s",
                 headers=[_retry_after(retry_after)],
             )
 
