@@ -13,6 +13,7 @@ import msgspec
 
 from gridmill.wire.messages import Price
 
+DEFAULT_MAX_TOKENS = 4096  # of a request that names none, where that much fits and can be paid
 BASIS_POINTS = 10_000  # one hundredth of a percent
 
 

@@ -15,7 +15,8 @@ import msgspec
 from gridmill.network.accounts import Account
 from gridmill.network.credits import parse_credits
 from gridmill.network.gateway.asgi import ApiError, Receive, Scope, Send, header
-from gridmill.network.gateway.plain import Asked, Plain, method_not_allowed
+from gridmill.network.gateway.callers import method_not_allowed
+from gridmill.network.gateway.plain import Asked, Plain
 from gridmill.network.operator import Operations
 
 PREFIX = "/admin/v1/"

@@ -16,9 +16,10 @@ import msgspec
 from gridmill.network.books import Books, Order, Unavailable
 from gridmill.network.dispatch import Dispatcher, Enough, NodeFault, NoRoom, Outcome
 from gridmill.network.gateway.asgi import ApiError
-from gridmill.network.gateway.exchange import Exchange, Showing
+from gridmill.network.gateway.exchange import Exchange
 from gridmill.network.gateway.rendering import Choice, Format
 from gridmill.network.gateway.requests import ChatRequest, CompletionRequest
+from gridmill.network.gateway.showing import Showing
 from gridmill.network.idempotency import (
     Asked,
     Claim,

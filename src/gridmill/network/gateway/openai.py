@@ -15,7 +15,7 @@ import hmac
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
@@ -28,13 +28,24 @@ from gridmill.network.gateway.asgi import (
     ApiError,
     Client,
     ClientGone,
-    Headers,
     Receive,
     Scope,
     Send,
     header,
 )
-from gridmill.network.gateway.exchange import Exchange, Showing
+from gridmill.network.gateway.callers import (
+    BODY_TIMEOUT_SECONDS,
+    CLIENT_LEFT_STATUS,
+    GatewayMetrics,
+    NoMetrics,
+    allow_only,
+    authenticate,
+    ended,
+    our_fault,
+    retry_after,
+    within_rate,
+)
+from gridmill.network.gateway.exchange import Exchange
 from gridmill.network.gateway.idempotent import (
     Incomplete,
     Making,
@@ -46,9 +57,10 @@ from gridmill.network.gateway.idempotent import (
 )
 from gridmill.network.gateway.rendering import ChatFormat, Choice, CompletionFormat, Format
 from gridmill.network.gateway.requests import ChatRequest, CompletionRequest, RequestError
+from gridmill.network.gateway.showing import Showing
 from gridmill.network.idempotency import KEY_CHARACTERS_MAX, Asked, KeyReused, Part, hash_of_body, hash_of_key
 from gridmill.network.limits import Limits
-from gridmill.network.metering import PriceRow, cheapest, most, within
+from gridmill.network.metering import DEFAULT_MAX_TOKENS, PriceRow, cheapest, most, within
 from gridmill.network.registry import ModelCard, Registry, UnknownModel
 from gridmill.network.settlement import Payer
 from gridmill.network.store import StoreUnusable
@@ -59,31 +71,11 @@ from gridmill.wire.sampling import base_seed, choice_seed, pack_ids, problem_wit
 
 log = logging.getLogger("gridmill.network.gateway")
 
-DEFAULT_MAX_TOKENS = 4096  # design §4, step 2
-BODY_TIMEOUT_SECONDS = 30.0
-CLIENT_LEFT_STATUS = 499  # only in logs and counters: nobody was there to get an answer
 RETRY_AFTER_TEXT_SECONDS = 5
 CACHE_SALTS_REMEMBERED = 4096  # accounts that ask at about the same time; each takes 200 bytes
 RETRY_AFTER_RUNNING_SECONDS = 5
 
 _encode = msgspec.json.Encoder().encode
-
-
-class GatewayMetrics(Protocol):
-    """What the gateway counts. Calls are cheap and never fail."""
-
-    def request_ended(self, endpoint: str, status: int) -> None: ...
-    def prompt_accepted(self, tokens: int) -> None: ...
-
-
-class NoMetrics:
-    """Counts nothing."""
-
-    def request_ended(self, endpoint: str, status: int) -> None:
-        pass
-
-    def prompt_accepted(self, tokens: int) -> None:
-        pass
 
 
 class OpenAIGateway:
@@ -159,7 +151,7 @@ class OpenAIGateway:
         await exchange.refuse(
             ApiError(404, "unknown_url", f"there is no {path} here: the API is under /v1, for example /v1/models")
         )
-        self._ended(exchange)
+        ended(exchange, self.metrics)
 
     # ------------------------------------------------------------ one request, from bytes to works
 
@@ -167,9 +159,9 @@ class OpenAIGateway:
         exchange = self._exchange(kind.endpoint, kind.id_prefix, scope, receive, send)
         answer: _Answer | None = None
         try:
-            _allow(scope, "POST")
+            allow_only(scope, "POST")
             account = self._authenticate(scope, exchange)
-            self._within_rate(account)
+            within_rate(self.limits, account, self.clock())
             body = await exchange.client.read_body(self.body_bytes, self.body_timeout_seconds)
             request = kind.parse(body)
             exchange.model = request.model
@@ -192,7 +184,7 @@ class OpenAIGateway:
         finally:
             if answer is not None:
                 answer.release(self.books)
-            self._ended(exchange)
+            ended(exchange, self.metrics)
 
     async def _prepare(
         self,
@@ -277,7 +269,7 @@ class OpenAIGateway:
                 503,
                 "no_node",
                 f"no node that serves {card.name} is here at the moment: try again shortly",
-                headers=[_retry_after(RETRY_AFTER_TEXT_SECONDS)],
+                headers=[retry_after(RETRY_AFTER_TEXT_SECONDS)],
             ) from None
 
     # ------------------------------------------------------------ one answer for all requests with the same key
@@ -380,31 +372,20 @@ class OpenAIGateway:
             held = _affordable(amount, rows, request.max_tokens or max(1, request.min_tokens), wanted)
         rest = amount - sum([share for _, share in held])
         self.books.give_back(payer, rest)
-        retry_after = self.limits.reserve_cost(account, amount - rest, self.clock())
-        if retry_after is not None:
+        seconds = self.limits.reserve_cost(account, amount - rest, self.clock())
+        if seconds is not None:
             self.books.give_back(payer, amount - rest)
             raise ApiError(
                 429,
                 "rate_limit_exceeded",
                 f"this key may spend {show_credits(account.cost_per_minute_nanocredits or 0)} credits per minute: "
-                f"try again in {math.ceil(retry_after)} s, or ask the operator for another limit",
-                headers=[_retry_after(retry_after)],
+                f"try again in {math.ceil(seconds)} s, or ask the operator for another limit",
+                headers=[retry_after(seconds)],
             )
         return held
 
     def _correct_rate(self, account: Account) -> Callable[[int, int], None]:
         return lambda held, charged: self.limits.settle_cost(account, held, charged, self.clock())
-
-    def _within_rate(self, account: Account) -> None:
-        retry_after = self.limits.admit(account, self.clock())
-        if retry_after is not None:
-            raise ApiError(
-                429,
-                "rate_limit_exceeded",
-                f"this key may ask {account.requests_per_minute} times per minute: "
-                f"try again in {math.ceil(retry_after)} s",
-                headers=[_retry_after(retry_after)],
-            )
 
     def _cache_salt(self, account_id: str, client_salt: str) -> bytes:
         """Prompts share cached work within an account only: `cached_tokens` would answer guesses at a prompt."""
@@ -418,20 +399,7 @@ class OpenAIGateway:
         return salt
 
     def _authenticate(self, scope: Scope, exchange: Exchange) -> Account:
-        offered = header(scope, b"authorization")
-        challenge: Headers = [(b"www-authenticate", b"Bearer")]
-        if offered is None:
-            raise ApiError(
-                401,
-                "missing_api_key",
-                "no API key was sent: put 'Authorization: Bearer KEY' on the request (`gridmill keys create NAME`)",
-                headers=challenge,
-            )
-        scheme, _, key = offered.decode("latin-1").partition(" ")
-        account = self.accounts.authenticate(key.strip()) if scheme.lower() == "bearer" else None
-        if account is None:
-            raise ApiError(401, "invalid_api_key", self.accounts.why_not(key.strip()), headers=challenge)
-        exchange.account_id, exchange.key_id = account.account_id, account.key_id
+        account = authenticate(self.accounts, exchange, scope)
         if "inference" not in account.scopes:
             raise ApiError(
                 403, "insufficient_scope", "this key is not for inference: make one with `gridmill keys create NAME`"
@@ -445,7 +413,7 @@ class OpenAIGateway:
     ) -> None:
         exchange = self._exchange(endpoint, "req-", scope, receive, send)
         try:
-            _allow(scope, "GET")
+            allow_only(scope, "GET")
             self._authenticate(scope, exchange)
             await exchange.answer(200, _encode(find()))
         except ClientGone as gone:
@@ -453,16 +421,11 @@ class OpenAIGateway:
         except Exception as error:  # noqa: BLE001 - as in `_generate`
             await exchange.refuse(_as_api_error(error, "model"))
         finally:
-            self._ended(exchange)
+            ended(exchange, self.metrics)
 
     def _exchange(self, endpoint: str, id_prefix: str, scope: Scope, receive: Receive, send: Send) -> Exchange:
         client = Client(scope, receive, send, clock=self.clock, stall_timeout_seconds=self.client_stall_timeout_seconds)
         return Exchange(client, endpoint, id_prefix + self.request_ids(), self.clock)
-
-    def _ended(self, exchange: Exchange) -> None:
-        self.metrics.request_ended(exchange.endpoint, exchange.status)
-        if log.isEnabledFor(logging.INFO):
-            log.info("request", extra=exchange.log_fields())
 
 
 # ---------------------------------------------------------------- what is held for each work
@@ -680,7 +643,7 @@ def _as_api_error(error: Exception, prompt_param: str) -> ApiError:
             return ApiError(error.status, error.code, error.message, param=error.param)
         case NoRoom():
             status = 429 if error.code == "overloaded" else 503
-            return ApiError(status, error.code, error.detail, headers=[_retry_after(error.retry_after_seconds)])
+            return ApiError(status, error.code, error.detail, headers=[retry_after(error.retry_after_seconds)])
         case NodeFault():
             return ApiError(502, error.code, f"the node that computed this failed: {error.detail}")
         case Insufficient():
@@ -697,7 +660,7 @@ def _as_api_error(error: Exception, prompt_param: str) -> ApiError:
                 409,
                 "idempotent_request_running",
                 "the first request with this Idempotency-Key still runs: try again shortly",
-                headers=[_retry_after(RETRY_AFTER_RUNNING_SECONDS)],
+                headers=[retry_after(RETRY_AFTER_RUNNING_SECONDS)],
             )
         case Incomplete():
             return ApiError(
@@ -709,16 +672,13 @@ def _as_api_error(error: Exception, prompt_param: str) -> ApiError:
         case StoreUnusable():
             log.error("the database cannot be used", extra={"reason": str(error)})
             detail = "the network's database does not answer: try again shortly"
-            return ApiError(503, "ledger_unavailable", detail, headers=[_retry_after(RETRY_AFTER_TEXT_SECONDS)])
+            return ApiError(503, "ledger_unavailable", detail, headers=[retry_after(RETRY_AFTER_TEXT_SECONDS)])
         case Unavailable():
-            return ApiError(503, "ledger_unavailable", error.detail, headers=[_retry_after(error.retry_after_seconds)])
+            return ApiError(503, "ledger_unavailable", error.detail, headers=[retry_after(error.retry_after_seconds)])
         case TextError():
             return _text_error(error, prompt_param)
         case _:
-            log.error("a request failed inside the gateway", exc_info=error)
-            return ApiError(
-                500, "internal_error", "something went wrong on our side; the request id helps us to find it"
-            )
+            return our_fault(error)
 
 
 def _insufficient(error: Insufficient) -> ApiError:
@@ -756,18 +716,4 @@ def _text_error(error: TextError, prompt_param: str) -> ApiError:
             return ApiError(502, error.code, f"this model's own tokenizer or template failed: {error.detail}")
         case "network":
             status = 429 if error.code == "text_busy" else 503
-            return ApiError(status, error.code, error.detail, headers=[_retry_after(RETRY_AFTER_TEXT_SECONDS)])
-
-
-def _retry_after(seconds: float) -> tuple[bytes, bytes]:
-    return b"retry-after", str(max(1, math.ceil(seconds))).encode()
-
-
-def _allow(scope: Scope, method: str) -> None:
-    if scope["method"] != method:
-        raise ApiError(
-            405,
-            "method_not_allowed",
-            f"this path takes {method}, not {scope['method'][:20]}",
-            headers=[(b"allow", method.encode())],
-        )
+            return ApiError(status, error.code, error.detail, headers=[retry_after(RETRY_AFTER_TEXT_SECONDS)])

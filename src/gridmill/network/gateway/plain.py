@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections.abc import Awaitable, Callable, Collection
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
@@ -16,8 +15,20 @@ import msgspec
 
 from gridmill.network.accounts import Account, Accounts
 from gridmill.network.control import ControlError
-from gridmill.network.gateway.asgi import JSON, ApiError, Client, ClientGone, Headers, Receive, Scope, Send, header
-from gridmill.network.gateway.openai import BODY_TIMEOUT_SECONDS, CLIENT_LEFT_STATUS, GatewayMetrics, NoMetrics
+from gridmill.network.gateway.asgi import JSON, ApiError, Client, ClientGone, Receive, Scope, Send, header
+from gridmill.network.gateway.callers import (
+    BODY_TIMEOUT_SECONDS,
+    CLIENT_LEFT_STATUS,
+    GatewayMetrics,
+    NoMetrics,
+    allow_only,
+    authenticate,
+    ended,
+    our_fault,
+    retry_after,
+    within_rate,
+)
+from gridmill.network.gateway.exchange import Exchange
 from gridmill.network.limits import Limits
 from gridmill.network.operator import Conflict, Unknown
 from gridmill.network.registry import UnknownModel
@@ -29,6 +40,7 @@ log = logging.getLogger("gridmill.network.gateway")
 BODY_BYTES_MAX = 64 << 10  # names, amounts, one prompt to be counted
 QUERY_FIELDS_MAX = 32
 STORE_RETRY_SECONDS = 5
+NO_STORE = (b"cache-control", b"no-store")  # balances and keys are nobody else's to keep
 
 T = TypeVar("T")
 _encode = msgspec.json.Encoder().encode
@@ -67,63 +79,27 @@ class Plain:
     ) -> None:
         """One exchange. The key must have one of `scopes`; `allow` may refuse before anything is looked at."""
         client = Client(scope, receive, send, clock=self._clock, stall_timeout_seconds=self._stall_timeout_seconds)
-        request_id = "req-" + self._request_ids()
-        headers: Headers = [(b"x-gridmill-request-id", request_id.encode()), (b"cache-control", b"no-store")]
-        started = self._clock()
-        account: Account | None = None
-        status, code = 200, None
+        exchange = Exchange(client, endpoint, "req-" + self._request_ids(), self._clock)
         try:
-            try:
-                allow(scope)
-                account = self._authenticate(scope, scopes)
-                body = _encode(await handle(account, Asked(scope, client)))
-            except (ApiError, ClientGone):
-                raise
-            except Exception as error:  # the one place that turns what went wrong into an answer
-                raise _as_api_error(error) from error
+            allow(scope)
+            account = self._authenticate(scope, exchange, scopes)
+            body = _encode(await handle(account, Asked(scope, client)))
             with client.present():
-                await client.answer(200, body, JSON, headers)
-        except ApiError as error:
-            status, code = error.status, error.code
-            try:
-                with client.present():
-                    await client.answer(error.status, error.body(), JSON, [*headers, *error.headers])
-            except ClientGone:
-                pass  # nobody to tell
+                await exchange.answer(200, body, [NO_STORE])
         except ClientGone as gone:
-            status, code = CLIENT_LEFT_STATUS, f"client_{gone}"
+            exchange.status, exchange.code = CLIENT_LEFT_STATUS, f"client_{gone}"
         except asyncio.CancelledError:
-            status, code = 503, "stopped"
+            exchange.status, exchange.code = 503, "stopped"
             raise
+        except Exception as error:  # noqa: BLE001 - the one place that turns what went wrong into an answer
+            refusal = _as_api_error(error)
+            refusal.headers = [*refusal.headers, NO_STORE]
+            await exchange.refuse(refusal)
         finally:
-            self._metrics.request_ended(endpoint, status)
-            log.info(
-                "request",
-                extra={
-                    "request_id": request_id,
-                    "endpoint": endpoint,
-                    "account": account.account_id if account else None,
-                    "key": account.key_id if account else None,
-                    "status": status,
-                    "code": code,
-                    "duration_seconds": round(self._clock() - started, 6),
-                },
-            )
+            ended(exchange, self._metrics)
 
-    def _authenticate(self, scope: Scope, scopes: Collection[str]) -> Account:
-        challenge: Headers = [(b"www-authenticate", b"Bearer")]
-        offered = header(scope, b"authorization")
-        if offered is None:
-            raise ApiError(
-                401,
-                "missing_api_key",
-                "no API key was sent: put 'Authorization: Bearer KEY' on the request (`gridmill keys create NAME`)",
-                headers=challenge,
-            )
-        scheme, _, key = offered.decode("latin-1").partition(" ")
-        account = self._accounts.authenticate(key.strip()) if scheme.lower() == "bearer" else None
-        if account is None:
-            raise ApiError(401, "invalid_api_key", self._accounts.why_not(key.strip()), headers=challenge)
+    def _authenticate(self, scope: Scope, exchange: Exchange, scopes: Collection[str]) -> Account:
+        account = authenticate(self._accounts, exchange, scope)
         if not account.scopes & set(scopes):
             wanted = " (or ".join(scopes) + ")" * (len(scopes) - 1)
             raise ApiError(
@@ -131,14 +107,7 @@ class Plain:
                 "insufficient_scope",
                 f"this key is not for that: make one with `gridmill keys create NAME --scope {wanted}`",
             )
-        retry_after = self._limits.admit(account, self._clock())
-        if retry_after is not None:
-            raise ApiError(
-                429,
-                "rate_limit_exceeded",
-                f"this key may ask {account.requests_per_minute} times per minute: ask again when Retry-After says",
-                headers=[_retry_after(retry_after)],
-            )
+        within_rate(self._limits, account, self._clock())
         return account
 
 
@@ -182,26 +151,13 @@ class Asked:
 
 def only(method: str) -> Callable[[Scope], None]:
     """For `serve`: refuses every other method."""
-
-    def allow(scope: Scope) -> None:
-        if scope["method"] != method:
-            raise method_not_allowed(scope, [method])
-
-    return allow
-
-
-def method_not_allowed(scope: Scope, methods: Collection[str]) -> ApiError:
-    words = ", ".join(sorted(methods))
-    return ApiError(
-        405,
-        "method_not_allowed",
-        f"this path takes {words}, not {scope['method'][:20]}",
-        headers=[(b"allow", words.encode())],
-    )
+    return lambda scope: allow_only(scope, method)
 
 
 def _as_api_error(error: Exception) -> ApiError:
     match error:
+        case ApiError():
+            return error
         case Unknown():
             return ApiError(404, "not_found", str(error))
         case Conflict():
@@ -211,7 +167,7 @@ def _as_api_error(error: Exception) -> ApiError:
         case UnknownModel():
             return ApiError(404, "model_not_found", error.reason, param="model")
         case TextError(fault="network"):
-            return ApiError(503, error.code, error.detail, headers=[_retry_after(STORE_RETRY_SECONDS)])
+            return ApiError(503, error.code, error.detail, headers=[retry_after(STORE_RETRY_SECONDS)])
         case TextError():
             return ApiError(400, error.code, error.detail, param="prompt")
         case StoreUnusable():
@@ -220,14 +176,7 @@ def _as_api_error(error: Exception) -> ApiError:
                 503,
                 "store_unusable",
                 "the network's database does not answer: try again shortly",
-                headers=[_retry_after(STORE_RETRY_SECONDS)],
+                headers=[retry_after(STORE_RETRY_SECONDS)],
             )
         case _:
-            log.error("a request failed inside the gateway", exc_info=error)
-            return ApiError(
-                500, "internal_error", "something went wrong on our side; the request id helps us to find it"
-            )
-
-
-def _retry_after(seconds: float) -> tuple[bytes, bytes]:
-    return b"retry-after", str(max(1, math.ceil(seconds))).encode()
+            return our_fault(error)

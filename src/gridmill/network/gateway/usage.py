@@ -10,9 +10,9 @@ import msgspec
 from gridmill.network import balances, ledger, usage
 from gridmill.network.accounts import Account, Accounts
 from gridmill.network.gateway.asgi import ApiError, Receive, Scope, Send
-from gridmill.network.gateway.openai import DEFAULT_MAX_TOKENS
-from gridmill.network.gateway.plain import Asked, Plain, method_not_allowed, only
-from gridmill.network.metering import PriceRow, most, within
+from gridmill.network.gateway.callers import method_not_allowed
+from gridmill.network.gateway.plain import Asked, Plain, only
+from gridmill.network.metering import DEFAULT_MAX_TOKENS, PriceRow, most, within
 from gridmill.network.registry import ModelCard, Registry
 from gridmill.network.store import Store, Transaction
 from gridmill.network.text import TextService
