@@ -29,26 +29,29 @@ import msgspec
 
 from gridmill.network import ledger, receipts
 from gridmill.network.ledger import Command, Done, Extend, Grow, Pend, Refused, Result, Return, Void
-from gridmill.network.metering import NOTHING, Charge, Usage, charge
+from gridmill.network.metering import Charge, Usage
+from gridmill.network.orders import Order
 from gridmill.network.settlement import (
     COLUMNS,
     Batch,
     Finish,
     Gateway,
     GatewayId,
+    Part,
     Payer,
     Server,
     Settlement,
     Written,
+    costs_of,
+    encode_journal,
     encode_row,
     from_row,
-    hold_id_of,
     settle,
 )
 from gridmill.network.store import Action, Store, StoreUnusable, Transaction
-from gridmill.wire.messages import Leaf, Price
-from gridmill.wire.receipts import IdsHash, ids_hash
 from gridmill.wire.sampling import pack_ids
+
+__all__ = ["Books", "GatewayId", "Insufficient", "Order", "Payer", "Unavailable"]
 
 log = logging.getLogger("gridmill.network.books")
 
@@ -88,108 +91,6 @@ class Unavailable(Exception):
         super().__init__(detail)
         self.detail = detail
         self.retry_after_seconds = retry_after_seconds
-
-
-class Order:
-    """One admitted work: what is held for it, who serves it, what was delivered. Belongs to one task."""
-
-    __slots__ = (
-        "_hash_count",
-        "_hasher",
-        "_ids",
-        "amount",
-        "cached_tokens",
-        "charged",
-        "class_id",
-        "count",
-        "deferred",
-        "epoch",
-        "forgiven",
-        "input_tokens",
-        "journalled",
-        "journalled_count",
-        "keeps_ids",
-        "lease_id",
-        "max_price",
-        "model",
-        "payer",
-        "prompt_hash",
-        "purse",
-        "salt",
-        "scores",
-        "server",
-        "settled",
-        "shown",
-        "start",
-        "started_ms",
-        "work_id",
-    )
-
-    def __init__(
-        self,
-        payer: Payer,
-        work_id: str,
-        class_id: str,
-        model: str,
-        input_tokens: int,
-        purse: _Purse | None,
-        amount: int,
-    ) -> None:
-        self.payer = payer
-        self.work_id = work_id
-        self.class_id = class_id
-        self.model = model
-        self.input_tokens = input_tokens
-        self.purse = purse
-        self.lease_id = purse.lease_id if purse is not None else ""
-        self.amount = amount
-        self.epoch = 0
-        self.start = 0
-        self.salt = b""
-        self.prompt_hash = bytes(32)
-        self.server: Server | None = None
-        self.cached_tokens = 0
-        self.started_ms = 0
-        self.max_price: Price | None = None  # the caller's: a dearer node is not asked
-        self.count = 0
-        self.journalled = False
-        self.journalled_count = -1
-        self.settled = False
-        # Whether the caller has what was delivered: while an answer that leaves as a whole is not out, nothing is owed.
-        self.shown = True
-        self.forgiven = False  # another choice of the same answer failed: the caller gets nothing of this one either
-        self.keeps_ids = (
-            False  # whether the answer itself goes into the database (work_answers), for idempotent requests
-        )
-        self.scores: Callable[[int], bytes] | None = None  # what is kept beside so many ids: their logprobs
-        self.charged: Callable[[int, int], None] | None = None  # told what was held and what it came to
-        self.deferred: Callable[[], None] | None = None  # settles it; set when that waits for a node's last word
-        self._ids: list[int] = []
-        self._hasher: IdsHash | None = None
-        self._hash_count = 0
-
-    def deliver(self, ids: tuple[int, ...]) -> None:
-        """These ids were handed to the caller. Cheap: they are hashed when somebody asks."""
-        self._ids.extend(ids)
-        self.count += len(ids)
-
-    def ids(self) -> list[int]:
-        """All that was delivered; not to be changed."""
-        return self._ids
-
-    @property
-    def owed_count(self) -> int:
-        """How many of the ids delivered count, should it end here."""
-        return self.count if self.shown else 0
-
-    def output_hash(self, keep: int) -> bytes:
-        """Over the first `keep` ids delivered."""
-        if self._hasher is None or keep < self._hash_count:
-            self._hasher, self._hash_count = IdsHash(self.salt), 0
-        if keep > self._hash_count:
-            self._hasher.update(pack_ids(self._ids[self._hash_count : keep]))
-            self._hash_count = keep
-        return self._hasher.digest()
 
 
 class _Purse:
@@ -255,12 +156,12 @@ class Books:
         self._purses: dict[tuple[str, str], _Purse] = {}
         self._live: dict[str, Order] = {}
         self._asked: list[_Asked] = []
-        self._settlements: list[Callable[[], Settlement]] = []
+        self._settlements: list[Callable[[], Sequence[Settlement]]] = []
+        self._reserve_nanocredits = 0  # of the failover reserve, as last read, less what was promised since
         self._announcements: list[tuple[str, str]] = []
         self._wake = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._reclaims: dict[str, tuple[set[str], asyncio.Event]] = {}
-        self._closing = False
         self.lost_nanocredits = 0  # what users were not charged because their lease had ended first
 
     # ------------------------------------------------------------ for the gateway: before and after a work
@@ -298,73 +199,70 @@ class Books:
             purse.live += 1
         return Order(payer, work_id, class_id, model, input_tokens, purse, amount)
 
-    def serve(self, order: Order, server: Server, prompt: bytes, salt: bytes, cached_tokens: int) -> None:
-        """A node has taken the work: from now on it is journalled with the next tick."""
-        order.server = server
-        order.salt = salt
-        order.cached_tokens = cached_tokens
-        order.prompt_hash = ids_hash(salt, prompt)
-        order.started_ms = self._wall_ms()
+    def serve(
+        self, order: Order, server: Server, prompt: bytes, salt: bytes, cached_tokens: int, replayed_tokens: int = 0
+    ) -> None:
+        """A node has taken the work, or what is left of it: that is journalled with the next tick."""
+        order.begin_part(server, prompt, salt, cached_tokens, replayed_tokens, self._wall_ms())
         self._live[order.work_id] = order
         self._flush_soon()
 
+    def promise(self, order: Order, amount: int) -> bool:
+        """Whether the failover reserve adds so much to what this order's next node earns. It never goes below zero."""
+        if amount > self._reserve_nanocredits:
+            return False
+        self._reserve_nanocredits -= amount
+        order.promised_nanocredits += amount
+        return True
+
+    def unserve(self, order: Order, *, forfeits: bool = True) -> None:
+        """The node has left: what it delivered stays its own, and another may go on with what is still held."""
+        if not order.settled and order.server is not None:
+            order.end_part(forfeits=forfeits, now_ms=self._wall_ms())
+
     def release(self, order: Order) -> None:
-        """No node has earned anything: all that was held is free again. Harmless when it is or will be settled."""
+        """Nobody goes on with it. What was not delivered is free again. Harmless when it is or will be settled."""
         if order.settled or order.deferred is not None:
             return
-        if order.journalled:
+        if order.parts or order.journalled:
             # A row says that somebody serves it: only a settlement takes that away.
-            self.settle(order, Usage(), "failed")
+            count = order.owed_count
+            self.settle(order, Usage(order.input_tokens if order.input_paid and count else 0, 0, count), "failed")
             return
         order.settled = True
         self._live.pop(order.work_id, None)
         self._free(order, order.amount, 0)
 
-    def unserve(self, order: Order) -> None:
-        """The node failed before it made an id: nothing is owed, and another may serve what is still held."""
-        if order.settled or order.server is None:
-            return
-        self._live.pop(order.work_id, None)
-        if order.journalled:
-            self._close_entry(order, Usage(), NOTHING, "failed", b"", b"")
-            self._flush_soon()
-        order.epoch += 1
-        order.journalled = False
-        order.journalled_count = -1
-        order.server = None
-
     def settle(self, order: Order, used: Usage, finish: Finish, *, commit_root: bytes = b"", claim: bytes = b"") -> int:
-        """Ends an order: charges what was used, returns the rest. Synchronous, so that a cancelled request cannot be
-        cancelled half-way through its own bill. Returns the charge; the ledger has it within two ticks."""
+        """Ends an order: charges what was used by all its parts, returns the rest. Synchronous, so that a cancelled
+        request cannot be cancelled half-way through its own bill. Returns the charge; the ledger has it within two
+        ticks."""
         if order.settled:
             return 0
-        server = order.server
-        assert server is not None, "a work that no node served is released"
         order.settled = True
         self._live.pop(order.work_id, None)
-        cost = charge(server.row, used)
-        assert cost.total <= order.amount, "a work used more than was held for it"
-        if used.input_tokens or used.output_tokens or order.journalled:
-            self._close_entry(order, used, cost, finish, commit_root, claim)
-        self._free(order, order.amount, cost.total)
+        parts = order.all_parts(used, finish, commit_root, claim, self._wall_ms()) if _anything(used) else []
+        if not parts and order.journalled:
+            parts = [_nothing(order, finish, self._wall_ms())]
+        assert order.terms is not None, "a work that no node served is released"
+        costs = costs_of(order.terms, parts)
+        total = sum([cost.total for cost in costs])
+        assert total <= order.amount, "a work used more than was held for it"
+        if parts:
+            self._queue_settlements(order, parts, costs)
+        self._reserve_nanocredits += order.promised_nanocredits - sum([cost.subsidy for cost in costs])
+        self._free(order, order.amount, total)
         self._flush_soon()
-        return cost.total
+        return total
 
-    def _close_entry(
-        self, order: Order, used: Usage, cost: Charge, finish: Finish, commit_root: bytes, claim: bytes
-    ) -> None:
-        """Queues what a work came to. The entry itself is made with its batch: nobody's answer waits for it."""
-        server = order.server
-        assert server is not None
-        entry = functools.partial(
-            _entry,
-            *(order, order.epoch, order.journalled, server, used, cost, finish, commit_root, claim, self._wall_ms()),
-        )
+    def _queue_settlements(self, order: Order, parts: list[Part], costs: list[Charge]) -> None:
+        """The entries themselves are made with their batch: nobody's answer waits for them."""
+        make = functools.partial(order.settlements, order.job(), parts, costs)
         if order.keeps_ids:
-            made = entry()  # its scores are the gateway's, which goes on
+            made = make()  # its scores are the gateway's, which goes on
             self._settlements.append(lambda: made)
         else:
-            self._settlements.append(entry)
+            self._settlements.append(make)
 
     @property
     def held_nanocredits(self) -> int:
@@ -649,36 +547,61 @@ class Books:
             asked, self._asked = self._asked, []
             announcements, self._announcements = self._announcements, []
         opened: list[Order] = []
-        moved: list[tuple[int, bytes, bytes | None, str]] = []
+        counted: list[tuple[int, bytes, bytes | None, str]] = []
+        moved: list[tuple[Any, ...]] = []
         for order in self._live.values():
+            if order.server is None:
+                continue  # Between two nodes: the row still says what the last one did.
+            count = order.part_owed_count
             if not order.journalled:
-                # So may what a new hold is taken from; and a work's last row has to go before its next one comes.
+                # So may what a new hold is taken from.
                 if not self._settlements and len(opened) < BATCH_MAX:
                     order.journalled = True
-                    order.journalled_count = order.owed_count
+                    order.hold_epoch = order.journalled_epoch = order.epoch
+                    order.journalled_count = count
                     opened.append(order)
-            elif order.owed_count != order.journalled_count:
-                count = order.journalled_count = order.owed_count
+            elif order.epoch != order.journalled_epoch:
+                order.journalled_epoch, order.journalled_count = order.epoch, count
+                moved.append(self._moved_row(order))
+            elif count != order.journalled_count:
+                order.journalled_count = count
                 kept = pack_ids(order.ids()) if order.keeps_ids else None
-                moved.append((count, order.output_hash(count), kept, order.work_id))
-        if not (asked or settlements or announcements or opened or moved):
+                counted.append((count, order.output_hash(count), kept, order.work_id))
+        if not (asked or settlements or announcements or opened or counted or moved):
             return None
         rows = [self._row(order) for order in opened]
         holds = [(order.amount, order.lease_id) for order in opened]
         commands = [each.command for each in asked]
-        batch = Batch(self._gateway, self._new_id("batch"), commands, settlements, rows, holds, moved, announcements)
+        batch = Batch(
+            *(self._gateway, self._new_id("batch"), commands, settlements, rows, holds, counted, moved, announcements)
+        )
         return batch, asked
 
     def _row(self, order: Order) -> tuple[Any, ...]:
-        server = order.server
+        server, count = order.server, order.part_owed_count
         assert server is not None
         return (
-            *(order.work_id, order.epoch, self._holder, hold_id_of(order.work_id, order.epoch) if order.amount else ""),
+            *(order.work_id, order.epoch, self._holder, order.hold_id),
             *(order.payer.account_id, order.payer.key_id, order.model),
             *(server.node_id, server.node_key, server.owner_id, order.class_id, encode_row(server.row)),
-            *(order.input_tokens, order.cached_tokens, order.owed_count),
-            *(order.prompt_hash, order.output_hash(order.owed_count), order.salt, order.start, order.started_ms, 0),
+            *(order.input_tokens, order.cached_tokens, count),
+            *(order.prompt_hash, order.output_hash(count), order.salt),
+            *(order.start + order.count - order.part_count, order.started_ms, 0),
             pack_ids(order.ids()) if order.keeps_ids else None,
+            encode_journal(order.journal()),
+        )
+
+    def _moved_row(self, order: Order) -> tuple[Any, ...]:
+        """In the order of settlement.MOVED_COLUMNS."""
+        server, count = order.server, order.part_owed_count
+        assert server is not None
+        return (
+            *(order.epoch, server.node_id, server.node_key, server.owner_id, encode_row(server.row)),
+            *(order.cached_tokens, count, order.output_hash(count)),
+            *(order.start + order.count - order.part_count, order.started_ms),
+            pack_ids(order.ids()) if order.keeps_ids else None,
+            encode_journal(order.journal()),
+            order.work_id,
         )
 
     def _written(self, commands: Sequence[_Asked], written: Written) -> None:
@@ -713,6 +636,7 @@ class Books:
 
     async def keep_once(self) -> None:
         """One round of `keep`. Raises StoreUnusable or Unavailable."""
+        await self._read_reserve()
         await self._renew_all()
         await self._clean_up()
 
@@ -731,7 +655,7 @@ class Books:
         journalled = [order for order in self._live.values() if order.journalled]
         for order in journalled:
             if order.amount:
-                self._asked.append(_Asked(Extend(hold_id_of(order.work_id, order.epoch), expires_ms)))
+                self._asked.append(_Asked(Extend(order.hold_id, expires_ms)))
         self._wake.set()
         work_ids = sorted(order.work_id for order in journalled)
 
@@ -743,6 +667,16 @@ class Books:
 
         if work_ids:
             await self._store.run(extend)
+
+    async def _read_reserve(self) -> None:
+        """What other gateways and settlements made of the failover reserve. Promises that are open still count."""
+
+        async def balance(transaction: Transaction) -> int:
+            row = await transaction.one("SELECT balance FROM ledger_accounts WHERE account = 'failover:reserve'")
+            return int(row[0]) if row is not None else 0
+
+        found = await self._store.run(balance)
+        self._reserve_nanocredits = found - sum([order.promised_nanocredits for order in self._live.values()])
 
     async def _clean_up(self) -> None:
         """What a gateway that is gone has left, once its time is over."""
@@ -802,6 +736,7 @@ class Books:
             await ledger.apply(transaction, [Void(f"{row[0]}:restart", row[0]) for row in rows])
 
         await self._store.run(end_leases)
+        await self._read_reserve()
         if count:
             log.warning("works of an earlier run were settled at their last journalled count", extra={"works": count})
         return count
@@ -821,7 +756,7 @@ class Books:
             if overdue:
                 now_ms = await transaction.now_ms()
                 journal = [row for row in journal if row["expires_ms"] < now_ms]
-            found = [from_row(row, ended_ms) for row in journal]
+            found = [settlement for row in journal for settlement in from_row(row, ended_ms)]
             await settle(transaction, self._gateway.network_key, self._gateway.period_seconds, found)
             # The node's link may be at any gateway, which sends it what it has not countersigned.
             for node_id in sorted({settlement.server.node_id for settlement in found}):
@@ -831,7 +766,6 @@ class Books:
 
     async def close(self) -> None:
         """After the last work: writes everything and gives all slices back. `run` must still be running."""
-        self._closing = True
         for order in list(self._live.values()):
             if order.deferred is not None:
                 order.deferred()
@@ -879,49 +813,11 @@ class Books:
         return f"{kind}:{self._entropy(12).hex()}"
 
 
-def _entry(
-    order: Order,
-    epoch: int,
-    journalled: bool,
-    server: Server,
-    used: Usage,
-    cost: Charge,
-    finish: Finish,
-    commit_root: bytes,
-    claim: bytes,
-    ended_ms: int,
-) -> Settlement:
-    leaf = Leaf(
-        work_id=order.work_id,
-        epoch=epoch,
-        start=order.start,
-        prompt_hash=order.prompt_hash,
-        output_hash=order.output_hash(used.output_tokens),
-        input_tokens=used.input_tokens,
-        cached_tokens=used.cached_tokens,
-        output_tokens=used.output_tokens,
-        price_id=server.row.price_id,
-        price=server.row.price,
-        pay_nanocredits=cost.node,
-        charge_nanocredits=cost.total,
-        started_ms=order.started_ms,
-        ended_ms=ended_ms,
-        finish=finish,
-        commit_root=commit_root,
-        claim=claim,
-    )
-    return Settlement(
-        order.work_id,
-        epoch,
-        journalled,
-        order.lease_id,
-        order.payer,
-        order.model,
-        order.class_id,
-        server,
-        order.salt,
-        leaf,
-        cost,
-        pack_ids(order.ids()[: used.output_tokens]) if order.keeps_ids else None,
-        order.scores(used.output_tokens) if order.keeps_ids and order.scores is not None else None,
-    )
+def _anything(used: Usage) -> bool:
+    return used.input_tokens > 0 or used.output_tokens > 0
+
+
+def _nothing(order: Order, finish: Finish, now_ms: int) -> Part:
+    """For a work that nobody owes anything for, whose row in the journal has to go all the same."""
+    assert order.last_server is not None
+    return Part(order.epoch, order.start, order.last_server, Usage(), 0, bytes(32), order.started_ms, now_ms, finish)

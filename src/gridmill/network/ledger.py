@@ -857,6 +857,10 @@ async def _first_transfer_since(transaction: Transaction, at_ms: int) -> int:
     return low
 
 
+LOSS_SUFFIX = ":loss"  # of a settlement's id: its pay came too late for its hold, and from the network's own pocket
+RESERVE_SUFFIX = ":reserve"  # what the failover reserve added to a node's pay
+
+
 def undo_id(transfer_id: str) -> str:
     """A transfer is undone once: by a correction or by a conviction, never by both."""
     return f"undo:{transfer_id}"
@@ -919,10 +923,13 @@ async def _earned(
 ) -> dict[str, tuple[tuple[str, int], str, int]]:
     """Per transfer that paid this owner for one of the parts: the part, who paid, how much the owner got.
 
-    A part that was settled too late for its hold was paid by `loss`, under an id of its own.
+    A part that was settled too late for its hold was paid by `loss`, and what the failover reserve added goes back
+    there, under ids of their own.
     """
-    by_id = {settlement_id(*part): part for part in parts}
-    by_id |= {f"{transfer_id}:loss": part for transfer_id, part in by_id.items()}
+    plain = {settlement_id(*part): part for part in parts}
+    by_id = {
+        transfer_id + end: part for transfer_id, part in plain.items() for end in ("", LOSS_SUFFIX, RESERVE_SUFFIX)
+    }
     rows = await _among(
         transaction,
         "SELECT transfers.transfer_id, COALESCE(pendings.home, 'loss'), entries.amount, ledger_accounts.account"
@@ -935,6 +942,7 @@ async def _earned(
     found: dict[str, tuple[tuple[str, int], str, int]] = {}
     for transfer_id, payer, amount, account in rows:
         if account == provider_held(owner_id):
+            payer = "failover:reserve" if transfer_id.endswith(RESERVE_SUFFIX) else payer
             found[transfer_id] = (by_id[transfer_id], payer, amount)
     return found
 

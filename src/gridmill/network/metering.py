@@ -51,13 +51,17 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 class Charge(msgspec.Struct, frozen=True):
-    """All in nanocredits: `total` is what the user pays and the sum of the other four."""
+    """All in nanocredits: `total` is what the user pays and the sum of the next four.
+
+    `subsidy` is what the node earns besides, out of the failover reserve.
+    """
 
     total: int = 0
     node: int = 0
     network: int = 0
     audit: int = 0
     reserve: int = 0
+    subsidy: int = 0
 
 
 NOTHING = Charge()
@@ -70,15 +74,38 @@ def charge(row: PriceRow, usage: Usage) -> Charge:
     if not node:
         return NOTHING
     fee = _fee(node, fees)
-    network, audit, reserve = split(
-        fee,
-        (
-            BASIS_POINTS - fees.audit_share_basis_points - fees.reserve_share_basis_points,
-            fees.audit_share_basis_points,
-            fees.reserve_share_basis_points,
-        ),
+    return Charge(node + fee, node, *_split_fee(fee, fees))
+
+
+def share(terms: PriceRow, own: PriceRow, before: Usage, used: Usage, replayed_tokens: int = 0) -> Charge:
+    """What one node's part of a work costs, whose user pays by `terms`, the price of the first node.
+
+    `before` is what earlier parts used: the parts of a work add up to what the whole would have cost unbroken. The node
+    earns its `own` price, for ids that it had to read again too. What it asks less than the terms goes to the failover
+    reserve, what it asks more comes from there.
+    """
+    if terms is own and not replayed_tokens and not (before.input_tokens or before.output_tokens):
+        return charge(terms, used)
+    fees = terms.fees
+    paid_before = _node_pay(terms.price, before.input_tokens, before.cached_tokens, before.output_tokens)
+    paid = _node_pay(terms.price, used.input_tokens, used.cached_tokens, used.output_tokens)
+    fee = _fee(paid_before + paid, fees) - _fee(paid_before, fees)
+    earned = _node_pay(own.price, used.input_tokens, used.cached_tokens, used.output_tokens)
+    earned += replayed_tokens * own.price.input_nanocredits
+    node = min(earned, paid)
+    network, audit, reserve = _split_fee(fee, fees)
+    return Charge(paid + fee, node, network, audit, reserve + paid - node, earned - node)
+
+
+def subsidy_most(terms: PriceRow, own: PriceRow, input_tokens: int, output_tokens: int, replayed_tokens: int) -> int:
+    """The most that the failover reserve may have to add for a part of so many tokens."""
+    dearest_input = max(
+        own.price.input_nanocredits - terms.price.input_nanocredits,
+        own.price.cached_input_nanocredits - terms.price.cached_input_nanocredits,
+        0,
     )
-    return Charge(node + fee, node, network, audit, reserve)
+    dearer_output = max(own.price.output_nanocredits - terms.price.output_nanocredits, 0)
+    return input_tokens * dearest_input + output_tokens * dearer_output + replayed_tokens * own.price.input_nanocredits
 
 
 def most(row: PriceRow, input_tokens: int, max_tokens: int) -> int:
@@ -97,6 +124,19 @@ def _node_pay(price: Price, input_tokens: int, cached_tokens: int, output_tokens
 
 def _fee(node: int, fees: FeePolicy) -> int:
     return -(-node * fees.fee_basis_points // BASIS_POINTS)  # rounded up: at most one nanocredit
+
+
+def _split_fee(fee: int, fees: FeePolicy) -> tuple[int, int, int]:
+    """(network, audit, reserve)"""
+    network, audit, reserve = split(
+        fee,
+        (
+            BASIS_POINTS - fees.audit_share_basis_points - fees.reserve_share_basis_points,
+            fees.audit_share_basis_points,
+            fees.reserve_share_basis_points,
+        ),
+    )
+    return network, audit, reserve
 
 
 def cheapest(rows: Iterable[PriceRow], input_tokens: int, max_tokens: int) -> PriceRow:

@@ -41,6 +41,7 @@ MIGRATIONS = (
     settlement.MIGRATION,
     receipts.MIGRATION,
     idempotency.MIGRATION,
+    settlement.PARTS_MIGRATION,
 )
 
 OPERATOR_RAIL = "rail:operator:external"  # where credit comes from that an operator gives, and goes that is taken back

@@ -470,7 +470,9 @@ def _work_problem(work: tuple[Any, ...], class_id: str, leaf: Leaf) -> str | Non
         return f"is not over the first {leaf.output_tokens} ids that this node sent"
     if leaf.claim and (leaf.claim != claim or leaf.commit_root):
         return "carries a claim that this node did not make"
-    pay = rules.pay_of(price, leaf.input_tokens, leaf.cached_tokens, leaf.output_tokens)
+    if leaf.replayed_tokens > input_tokens:
+        return f"counts {leaf.replayed_tokens} tokens read again, but this node was given {input_tokens}"
+    pay = rules.pay_of(price, leaf.input_tokens, leaf.cached_tokens, leaf.output_tokens, leaf.replayed_tokens)
     if leaf.pay_nanocredits != pay:
         return f"pays {leaf.pay_nanocredits} nanocredits, but its tokens at its price make {pay}"
     return None

@@ -337,8 +337,8 @@ def _check_refuse(message: Refuse) -> None:
 
 def _check_step(message: Step) -> None:
     # The hot path: one per engine step with an emission per running stream, so calls are spelled out.
-    if len(message.emissions) > STREAMS_OPEN_MAX or len(message.ends) > STREAMS_OPEN_MAX:
-        raise Malformed(f"a step holds over {STREAMS_OPEN_MAX} emissions or ends")
+    if max(len(message.emissions), len(message.ends), len(message.paused)) > STREAMS_OPEN_MAX:
+        raise Malformed(f"a step holds over {STREAMS_OPEN_MAX} emissions, ends or pauses")
     for emission in message.emissions:
         ids = emission.ids
         if not ids:
@@ -419,7 +419,7 @@ def _check_leaf(leaf: Leaf) -> None:
     _check_range(leaf.epoch, UINT32_LIMIT, "epoch")
     for name in (
         *("start", "input_tokens", "cached_tokens", "output_tokens"),
-        *("pay_nanocredits", "charge_nanocredits", "started_ms", "ended_ms"),
+        *("pay_nanocredits", "charge_nanocredits", "started_ms", "ended_ms", "replayed_tokens"),
     ):
         _check_range(getattr(leaf, name), INT63_LIMIT, name)
 

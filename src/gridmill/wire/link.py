@@ -854,6 +854,9 @@ class Link:
                 raise Violation(
                     Reason.BAD_POSITION, f"stream {emission.stream} passes its max_tokens of {stream.position_end}"
                 )
+        for number in step.paused:
+            if number not in streams:
+                raise self._no_stream(number)
         for end in step.ends:
             stream = self._advance(end.stream, End)
             if end.count != stream.position - stream.first:
@@ -1134,6 +1137,6 @@ def _clipped(message: AnyMessage) -> AnyMessage:
             ends = tuple(
                 msgspec.structs.replace(end, code=clip(end.code, 64), detail=clip(end.detail)) for end in message.ends
             )
-            return Step(message.emissions, ends)
+            return Step(message.emissions, ends, message.paused)
         case _:
             return message

@@ -205,10 +205,15 @@ class End(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Step(Message, frozen=True, array_like=True, tag="step"):
-    """Node. Everything that one engine step produced, for all streams at once; ends come after ids."""
+    """Node. Everything that one engine step produced, for all streams at once; ends come after ids.
+
+    `paused` are streams that lost their place to others and will go on later: their next id may take as long as a
+    first one does.
+    """
 
     emissions: tuple[Emission, ...] = ()
     ends: tuple[End, ...] = ()
+    paused: tuple[int, ...] = ()
 
 
 class Credit(Message, frozen=True, array_like=True, tag="credit"):
@@ -235,9 +240,10 @@ class Leaf(msgspec.Struct, frozen=True, array_like=True):
 
     `start` is the output position of the segment's first id; `output_tokens` counts this segment's ids alone, delivered
     ones. `cached_tokens` is part of `input_tokens`. `pay_nanocredits` is what the node earns, `charge_nanocredits` what
-    the user pays for this segment, the network's fee included. `finish`: stop, length, cancelled, failed or lost.
+    the user pays for this segment, the network's fee included. `finish`: stop, length, cancelled, failed, lost or moved.
     `prompt_hash` covers the prompt alone in every segment, `output_hash` the ids that `output_tokens` counts. `claim`
-    is the signature of the node's End, as it came; empty when there was none.
+    is the signature of the node's End, as it came; empty when there was none. `replayed_tokens` are ids that this node
+    had to read again because another had left; the network's reserve pays them at the price of input.
     """
 
     work_id: str
@@ -257,6 +263,7 @@ class Leaf(msgspec.Struct, frozen=True, array_like=True):
     finish: str
     commit_root: bytes
     claim: bytes
+    replayed_tokens: int = 0
 
 
 class Statement(msgspec.Struct, frozen=True, array_like=True):

@@ -33,6 +33,8 @@ ROOT_DOMAIN = b"gridmill receipt period root v1\0"
 
 _ENCODER = msgspec.msgpack.Encoder()
 _LEAF_DECODER = msgspec.msgpack.Decoder(Leaf)
+_LEAF_HEAD = b"\xdc\x00" + bytes([len(Leaf.__struct_fields__)])  # MessagePack: an array of so many, 16 bits
+_SHORTER_HEAD = b"\xdc\x00" + bytes([len(Leaf.__struct_fields__) - 1])
 _STATEMENT_DECODER = msgspec.msgpack.Decoder(Statement)
 
 
@@ -74,7 +76,12 @@ def ids_hash(salt: bytes, packed_ids: bytes) -> bytes:
 
 
 def leaf_bytes(leaf: Leaf) -> bytes:
-    return _ENCODER.encode(leaf)
+    """What is hashed. `replayed_tokens` is left out when it is 0: leaves were hashed before it existed."""
+    packed = _ENCODER.encode(leaf)
+    if leaf.replayed_tokens:
+        return packed
+    assert packed[:3] == _LEAF_HEAD and packed[-1] == 0, "an array of all fields, the last of which is a 0"
+    return _SHORTER_HEAD + packed[3:-1]
 
 
 def leaf_from(packed: bytes) -> Leaf:
@@ -83,7 +90,7 @@ def leaf_from(packed: bytes) -> Leaf:
 
 
 def leaf_hash(leaf: Leaf) -> bytes:
-    return leaf_hash_of(_ENCODER.encode(leaf))
+    return leaf_hash_of(leaf_bytes(leaf))
 
 
 def leaf_hash_of(packed: bytes) -> bytes:
@@ -108,10 +115,10 @@ def works_of(name: str) -> tuple[str, str, str]:
     return name, name + "-", name + "."
 
 
-def pay_of(price: Price, input_tokens: int, cached_tokens: int, output_tokens: int) -> int:
-    """What a node earns, in nanocredits. `cached_tokens` is part of `input_tokens`."""
+def pay_of(price: Price, input_tokens: int, cached_tokens: int, output_tokens: int, replayed_tokens: int = 0) -> int:
+    """What a node earns, in nanocredits. `cached_tokens` is part of `input_tokens`, `replayed_tokens` is not."""
     return (
-        (input_tokens - cached_tokens) * price.input_nanocredits
+        (input_tokens - cached_tokens + replayed_tokens) * price.input_nanocredits
         + cached_tokens * price.cached_input_nanocredits
         + output_tokens * price.output_nanocredits
     )
@@ -173,7 +180,7 @@ def leaf_problem(leaf: Leaf) -> str | None:
     """In one sentence, what is wrong with a leaf by itself: whether its pay is what its tokens make."""
     if leaf.cached_tokens > leaf.input_tokens:
         return f"counts {leaf.cached_tokens} cached of {leaf.input_tokens} input tokens"
-    pay = pay_of(leaf.price, leaf.input_tokens, leaf.cached_tokens, leaf.output_tokens)
+    pay = pay_of(leaf.price, leaf.input_tokens, leaf.cached_tokens, leaf.output_tokens, leaf.replayed_tokens)
     if leaf.pay_nanocredits != pay:
         return f"pays {leaf.pay_nanocredits} nanocredits, but its tokens at its price make {pay}"
     return None

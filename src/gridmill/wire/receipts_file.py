@@ -109,7 +109,8 @@ def entry_line(
 
 
 def leaf_object(leaf: Leaf) -> Line:
-    return {name: _plain(getattr(leaf, name)) for name in Leaf.__struct_fields__}
+    names = Leaf.__struct_fields__ if leaf.replayed_tokens else _LEAF_FIELDS
+    return {name: _plain(getattr(leaf, name)) for name in names}
 
 
 def written(lines: Iterable[Line]) -> Iterator[bytes]:
@@ -586,11 +587,12 @@ def _hex(value: object, name: str) -> bytes:
     return found
 
 
+_LEAF_FIELDS = Leaf.__struct_fields__[:-1]  # `replayed_tokens` is written where there are any
 _BYTES_OF_LEAF = {item.name for item in msgspec.structs.fields(Leaf) if item.type is bytes}
 
 
 def _leaf_of(value: object) -> Leaf:
-    if not isinstance(value, dict) or list(value) != list(Leaf.__struct_fields__):
+    if not isinstance(value, dict) or list(value) not in (list(_LEAF_FIELDS), list(Leaf.__struct_fields__)):
         raise _Wrong("its leaf lacks a field, or has one too many")
     price = value["price"]
     if not isinstance(price, dict) or list(price) != list(Price.__struct_fields__):

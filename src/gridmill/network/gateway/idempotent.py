@@ -238,7 +238,7 @@ class SharedAnswers:
         order.shown = True  # a retry gets what was delivered
         if track.scores is not None:
             scores = track.scores
-            order.scores = lambda count: pack_scores(scores[start : start + count])
+            order.scores = lambda first, count: pack_scores(scores[start + first : start + first + count])
         outcome = await self._dispatcher.serve(work, order, emit, placed=placed)
         recording.charge_nanocredits += outcome.charge_nanocredits
         track.outcome = msgspec.structs.replace(
