@@ -1,0 +1,146 @@
+"""Networks, nodes and callers on one clock, and the lines between them."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Any
+
+from gridmill.network import ledger
+from gridmill.network.operator import MIGRATIONS
+from gridmill.network.settlement import Payer
+from gridmill.sim.cables import Line
+from gridmill.sim.callers import Call
+from gridmill.sim.clock import Program, VirtualLoop
+from gridmill.sim.disk import Disk
+from gridmill.sim.network import Network, Observer
+from gridmill.sim.nodes import Build, SimNode
+from gridmill.wire.identity import Identity
+
+
+class Silent:
+    """An observer that does not look."""
+
+    def first_token(self, seconds: float) -> None: ...
+    def tokens_delivered(self, count: int) -> None: ...
+    def queue_length(self, count: int) -> None: ...
+
+
+class World:
+    """`seed` names every random choice that programs make; what happens to them is decided elsewhere."""
+
+    def __init__(
+        self,
+        loop: VirtualLoop,
+        seed: str,
+        *,
+        heartbeat_seconds: float = 5.0,
+        receipts: bool = True,
+        observer: Observer | None = None,
+        dispatch_options: dict[str, Any] | None = None,
+    ) -> None:
+        self.loop = loop
+        self.seed = seed
+        self.random = Random(f"{seed}/world")
+        self.observer = observer or Silent()
+        self.nodes: list[SimNode] = []
+        self.calls: list[Call] = []
+        self.networks: list[Network] = []
+        self.lines: list[Line] = []
+        self.partitioned: dict[SimNode, tuple[bool, bool]] = {}
+        self._heartbeat_seconds = heartbeat_seconds
+        self._receipts = receipts
+        self._dispatch_options = dispatch_options
+        self._key_seed = Random(f"{seed}/network key").randbytes(32)
+        self.disk = Disk(MIGRATIONS, lambda: self.network.wall())
+
+    # ------------------------------------------------------------ the network
+
+    @property
+    def network(self) -> Network:
+        """The life that it leads now, or the last one that it led."""
+        return self.networks[-1]
+
+    async def start_network(self) -> Network:
+        number = len(self.networks)
+        network = Network(
+            self.loop,
+            self.disk,
+            Random(f"{self.seed}/network/{number}"),
+            self.observer,
+            name=f"network-{number}",
+            key_seed=self._key_seed,
+            heartbeat_seconds=self._heartbeat_seconds,
+            receipts=self._receipts,
+            options=self._dispatch_options,
+        )
+        if self.networks:
+            network.wall_ahead_seconds = self.network.wall_ahead_seconds
+        self.networks.append(network)
+        network.start()
+        return network
+
+    def give(self, payer: Payer, amount: int) -> None:
+        """Credit, before anything else happens."""
+        credit = ledger.credit(payer.account_id, amount, f"credit-{payer.account_id}")
+        self.disk.write(lambda transaction: ledger.apply(transaction, [credit]))
+
+    # ------------------------------------------------------------ nodes
+
+    def add_node(self, build: Build, owner: Identity) -> SimNode:
+        node = SimNode(build, self.loop, self.seed, self, owner)
+        self.nodes.append(node)
+        return node
+
+    def connect(self, node: SimNode) -> Line | None:
+        if not self.networks or not self.network.listening:
+            return None
+        line = Line(self.loop, node.random, node.build.delay_seconds)
+        to_node, to_network = self.partitioned.get(node, (False, False))
+        line.block(to_node=to_node, to_network=to_network)
+        self.lines.append(line)
+        self.network.accept(line.network)
+        return line
+
+    def partition(self, node: SimNode, *, to_node: bool, to_network: bool) -> None:
+        self.partitioned[node] = (to_node, to_network)
+        if node.line is not None:
+            node.line.block(to_node=to_node, to_network=to_network)
+
+    def heal(self, node: SimNode) -> None:
+        self.partitioned.pop(node, None)
+        if node.line is not None:
+            node.line.unblock()
+
+    # ------------------------------------------------------------ callers
+
+    def ask(self, call: Call) -> None:
+        """A request arrives; where nobody listens it is turned away at the door."""
+        call.asked_at = self.loop.time()
+        self.calls.append(call)
+        if not self.networks or not self.network.listening:
+            call.finish("unreachable", self.loop.time())
+            return
+        network = self.network
+        network.request(call)
+        if call.patience_seconds is not None:
+            self.loop.call_later(call.patience_seconds, self._leave, call, network.program, context=self.loop.world)
+
+    def _leave(self, call: Call, program: Program) -> None:
+        if not call.over and call.handler is not None and not program.killed:
+            program.run(call.handler.cancel)
+
+    # ------------------------------------------------------------ the end
+
+    async def bury(self) -> None:
+        """Ends whatever is left of all programs, dead or alive."""
+        for network in self.networks:
+            for end in list(network.lines):
+                end.hang_up()
+            await network.program.bury()
+        for node in self.nodes:
+            if node.line is not None:
+                node.line.cut()
+            for program in node.programs:
+                await program.bury()
+            node.close()
+        self.disk.close()
