@@ -226,14 +226,18 @@ class Dispatcher:
                 )
             # Whoever came first goes first: a newcomer does not take the place that was freed for somebody waiting.
             ahead = first_look and bool(self._waiting.get(class_id))
-            found = scheduler.place(
-                class_id,
-                order.input_tokens,
-                work.sampling.max_tokens - start,
-                self._registry.snapshot(),
-                excluded=excluded,
-                affordable_nanocredits=order.amount,
-                max_price=order.max_price,
+            found = self._registry.place(
+                scheduler.Request(
+                    class_id,
+                    len(work.prompt) // 4 + start,
+                    work.sampling.max_tokens - start,
+                    order.input_tokens,
+                    prompt=work.prompt + work.delivered,
+                    cache_salt=work.cache_salt,
+                    affordable_nanocredits=order.amount,
+                    max_price=order.max_price,
+                    excluded=frozenset(excluded),
+                )
             )
             if isinstance(found, scheduler.Placement) and not ahead:
                 node_link = self._links.find(found.node_id)

@@ -11,14 +11,21 @@ import asyncio
 import difflib
 import hashlib
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping
+from random import Random
 from typing import Literal
 
 import msgspec
 
+from gridmill.network import scheduler
 from gridmill.network.detokenise import ClassText
+from gridmill.network.fleet import Member, Roster, Snapshot, Standing, Sticky
+from gridmill.network.health import Health
 from gridmill.network.metering import FREE, FeePolicy, PriceRow
-from gridmill.network.prefixes import SentPrefixes
+from gridmill.network.pace import TOKENS_FOR_A_SPEED, UNMEASURED_FIRST_TOKEN_SECONDS, Pace
+from gridmill.network.prefixes import Holders, SentPrefixes
+from gridmill.network.scheduler import Full, Placement, Request
 from gridmill.network.store import Row, Store, StoreUnusable, Transaction
 from gridmill.wire.classes import CLASS_ID_SHORT, ClassId, ModelClass, TextFacts, facts_bytes, parse_facts
 from gridmill.wire.messages import ClassOffer, NodeId, OwnerId, Price, Telemetry
@@ -59,9 +66,10 @@ CREATE TABLE prices (
 );
 """
 
-SPEED_MEMORY = 0.2  # weight of the newest observation in the moving averages
-DECODE_TOKENS_PER_SECOND_UNKNOWN = 20.0  # a node nobody has measured: neither flattering nor hopeless
-PREFILL_TOKENS_PER_SECOND_UNKNOWN = 500.0
+SPEED_MEMORY = 0.2  # weight of the newest observation in the averages that money is worked out by
+STANDINGS_MAX = 1 << 16  # nodes and classes that are remembered after they left, about 2 KiB each
+TIER_OWN = 2  # trust tiers: the operator's own nodes, those that came with an invitation, all others
+TIER_INVITED = 1
 NAME_CHARACTERS_MAX = 200
 NEAREST_NAMES = 3
 
@@ -89,29 +97,6 @@ class UnknownModel(Exception):
         self.reason = reason
 
 
-class NodeView(msgspec.Struct, frozen=True):
-    """One node's offer of one class, as the scheduler sees it. Speeds are the network's own measurements, or hints."""
-
-    node_id: NodeId
-    owner_id: OwnerId
-    slots: int
-    in_flight: int
-    draining: bool
-    decode_tokens_per_second: float
-    prefill_tokens_per_second: float
-    price: PriceRow = FREE
-
-    @property
-    def free_slots(self) -> int:
-        return 0 if self.draining else max(0, self.slots - self.in_flight)
-
-
-class Snapshot(msgspec.Struct, frozen=True):
-    """All live offers by class. A class without a live node is absent."""
-
-    by_class: Mapping[str, tuple[NodeView, ...]]
-
-
 class PendingOffer(msgspec.Struct, frozen=True):
     """An offer whose class the operator has not approved under that name: listed as `owner/name`, never served."""
 
@@ -134,17 +119,32 @@ class NodeRecord:
         self.joined_seconds = joined_seconds
         self.draining = False
         self.telemetry = Telemetry()
-        self.round_trip_seconds = 0.0
+        self._round_trip_seconds = 0.0
         self.offers: dict[ClassId, ClassOffer] = {}
         self.prices: dict[ClassId, PriceRow] = {}
+        self.tier = 0
         self.sent = SentPrefixes()
+        self.members: dict[ClassId, Member] = {}
         self.in_flight: dict[ClassId, int] = {}
         self.decode_speed: dict[ClassId, float] = {}
         self.prefill_speed: dict[ClassId, float] = {}
 
+    @property
+    def round_trip_seconds(self) -> float:
+        return self._round_trip_seconds
+
+    @round_trip_seconds.setter
+    def round_trip_seconds(self, seconds: float) -> None:
+        self._round_trip_seconds = seconds
+        for member in self.members.values():
+            member.round_trip_seconds = seconds
+
 
 class Registry:
-    """`changed` is called after every change that can make room for somebody who waits."""
+    """`changed` is called after every change that can make room for somebody who waits.
+
+    `now` is Unix time, `clock` monotonic seconds (`now` when none is given), `random` what placements are drawn with.
+    """
 
     def __init__(
         self,
@@ -154,6 +154,8 @@ class Registry:
         own_nodes: Collection[NodeId] = (),
         fees: FeePolicy | None = None,
         now: Callable[[], float],
+        clock: Callable[[], float] | None = None,
+        random: Random | None = None,
         changed: Callable[[ClassId], None] = lambda class_id: None,
     ) -> None:
         self._store = store
@@ -161,14 +163,19 @@ class Registry:
         self._own_nodes = frozenset(own_nodes)
         self._fees = fees or FeePolicy()
         self._now = now
+        self._clock = clock or now
+        self._random = random or Random()
         self.changed = changed
         self._nodes: dict[NodeId, NodeRecord] = {}
         self._classes: dict[ClassId, tuple[ModelClass, TextFacts, int]] = {}
         self._names: dict[str, list[ClassId]] = {}
         self._texts: dict[ClassId, ClassText] = {}
         self._pending: dict[tuple[NodeId, str], PendingOffer] = {}
-        self._views: dict[str, tuple[NodeView, ...]] = {}
-        self._stale: set[ClassId] = set()
+        self._rosters: dict[str, Roster] = {}
+        self._standings: OrderedDict[tuple[NodeId, ClassId], Standing] = OrderedDict()
+        self._sticky = Sticky()
+        self._holders = Holders()
+        self._snapshot = Snapshot(self._rosters, self._sticky, self._holders)
         self._outdated = asyncio.Event()
 
     # ------------------------------------------------------------ names and classes
@@ -224,9 +231,7 @@ class Registry:
             return self._card(plain, matching[0])
         # The operator's order decides; a class that somebody serves now goes before one that nobody does.
         ready = [c for c in class_ids if c in self._texts]
-        served = [c for c in ready if any(view.free_slots for view in self._view(c))] or [
-            c for c in ready if self._view(c)
-        ]
+        served = [c for c in ready if self.room(c)] or [c for c in ready if self._roster(c) is not None]
         return self._card(plain, (served or ready or class_ids)[0])
 
     def model_cards(self) -> list[ModelCard]:
@@ -369,16 +374,19 @@ class Registry:
 
     def price_rows(self, class_id: str) -> list[PriceRow]:
         """What the nodes that serve this class now ask; empty when nobody does."""
-        return [view.price for view in self._view(ClassId(class_id)) if not view.draining]
+        roster = self._roster(class_id)
+        return roster.price_rows() if roster is not None else []
 
     def join(self, node_id: NodeId, owner_id: OwnerId, software: str, node_key: bytes = b"") -> NodeRecord:
         """A new conversation of this node. What an older one offered is gone from this moment."""
         older = self._nodes.get(node_id)
         record = NodeRecord(node_id, owner_id, software, self._now(), node_key)
+        record.tier = TIER_OWN if node_id in self._own_nodes else 0
+        record.sent = SentPrefixes(self._holders, node_id)
         self._nodes[node_id] = record
         if older is not None:
             self._drop_pending(node_id)
-            self._refresh(older, older.offers)
+            self._withdraw_members(older)
         return record
 
     def leave(self, record: NodeRecord) -> None:
@@ -386,7 +394,7 @@ class Registry:
         if self._nodes.get(record.node_id) is record:
             del self._nodes[record.node_id]
             self._drop_pending(record.node_id)
-            self._refresh(record, record.offers)
+            self._withdraw_members(record)
 
     def offer(
         self, record: NodeRecord, offers: Iterable[ClassOffer], prices: Mapping[ClassId, PriceRow] | None = None
@@ -394,12 +402,27 @@ class Registry:
         """Replaces what this node serves, and for how much. Only offers whose class text is here are served."""
         if self._nodes.get(record.node_id) is not record:
             return  # The node has joined again since; that conversation's offers count.
-        before = set(record.offers)
+        gone = self._take_members(record)
         record.offers = {offer.model_class.class_id: offer for offer in offers}
         record.prices = dict(prices or {})
-        for class_id in record.offers:
-            record.in_flight.setdefault(class_id, 0)
-        self._refresh(record, before | set(record.offers))
+        moment = self._clock()
+        for class_id, offer in record.offers.items():
+            member = Member(
+                record.node_id,
+                record.owner_id,
+                offer.slots,
+                self._standing(record.node_id, offer, moment),
+                price=record.prices.get(class_id, FREE),
+                sent=record.sent,
+                tier=record.tier,
+                in_flight=record.in_flight.setdefault(class_id, 0),
+                draining=record.draining,
+                round_trip_seconds=record.round_trip_seconds,
+            )
+            record.members[class_id] = member
+            self._rosters.setdefault(class_id, Roster()).add(member, moment)
+        for class_id in gone | set(record.offers):
+            self.changed(class_id)
 
     def hold_back(self, record: NodeRecord, offers: Iterable[ClassOffer]) -> None:
         """Offers that wait for the operator's approval."""
@@ -410,18 +433,50 @@ class Registry:
 
     def drain(self, record: NodeRecord) -> None:
         record.draining = True
-        self._refresh(record, record.offers)
+        moment = self._clock()
+        for class_id, member in record.members.items():
+            self._rosters[class_id].drain(member, moment)
+        for class_id in tuple(record.members):
+            self.changed(class_id)
+
+    # ------------------------------------------------------------ works
+
+    def place(self, request: Request) -> Placement | Full:
+        """Decides where a work goes, and remembers that it did."""
+        found = self.look(request)
+        self.decided(request, found)
+        return found
+
+    def look(self, request: Request) -> Placement | Full:
+        """Where this would go now. Remembers nothing."""
+        return scheduler.place(request, self.snapshot(), now=self._clock(), random=self._random)
+
+    def decided(self, request: Request, found: Placement | Full) -> None:
+        """A decision that was acted upon: for sticky keys, and so that owners can see why work went elsewhere."""
+        roster = self._rosters.get(request.class_id)
+        if roster is None:
+            return
+        for node_id, reason in found.considered:
+            member = roster.get(node_id)
+            if member is not None:
+                member.standing.lost[reason] += 1
+        if isinstance(found, Placement):
+            roster.decisions += 1
+            member = roster.get(found.node_id)
+            if member is not None:
+                member.standing.won += 1
+            if request.sticky:
+                self._sticky.remember(request.class_id, request.sticky, found.node_id, self._clock())
 
     def begin(self, record: NodeRecord, class_id: ClassId) -> None:
         """One more work on this node."""
-        record.in_flight[class_id] = record.in_flight.get(class_id, 0) + 1
-        self._stale.add(class_id)
+        self._load(record, class_id, record.in_flight.get(class_id, 0) + 1)
 
     def end(self, record: NodeRecord, class_id: ClassId) -> None:
         """One work fewer: somebody who waits may have its place."""
-        record.in_flight[class_id] -= 1
-        assert record.in_flight[class_id] >= 0, "a work ended twice"
-        self._refresh(record, (class_id,))
+        assert record.in_flight[class_id] > 0, "a work ended twice"
+        self._load(record, class_id, record.in_flight[class_id] - 1)
+        self.changed(class_id)
 
     def observe(
         self,
@@ -438,11 +493,68 @@ class Registry:
             speed = prefill_tokens / ttft_seconds
             old = record.prefill_speed.get(class_id, speed)
             record.prefill_speed[class_id] = old + SPEED_MEMORY * (speed - old)
-        if tokens >= 8 and seconds > 0:
+        if tokens >= TOKENS_FOR_A_SPEED and seconds > 0:
             speed = tokens / seconds
             old = record.decode_speed.get(class_id, speed)
             record.decode_speed[class_id] = old + SPEED_MEMORY * (speed - old)
-        self._stale.add(class_id)
+        member, roster = record.members.get(class_id), self._rosters.get(class_id)
+        if member is None or roster is None:
+            return  # It no longer offers this class.
+        moment = self._clock()
+        roster.tokens(member, moment, tokens, seconds)
+        if ttft_seconds > 0:
+            roster.first_token(member, moment, prefill_tokens, ttft_seconds)
+
+    def ended(self, record: NodeRecord, class_id: ClassId, *, fault: str | None) -> None:
+        """One placement's end: None is a good one, else the code of what the node did wrong."""
+        moment = self._clock()
+        member, roster = record.members.get(class_id), self._rosters.get(class_id)
+        if member is not None and roster is not None:
+            roster.ended(member, fault, moment)
+            return
+        standing = self._standings.get((record.node_id, class_id))
+        if standing is None:
+            return
+        standing.health.ended(moment, fault)
+        # The node may be back already, under a newer record.
+        newer = self._nodes.get(record.node_id)
+        if newer is not None and roster is not None and (member := newer.members.get(class_id)) is not None:
+            roster.touch(member, moment)
+
+    def queued(self, record: NodeRecord, class_id: ClassId, seconds: float) -> None:
+        """A work waited on the node for so long before it began."""
+        member = record.members.get(class_id)
+        if member is not None:
+            member.pace.waited(self._clock(), seconds)
+
+    def first_token_seconds(self, record: NodeRecord, class_id: ClassId, read_tokens: int) -> float:
+        """What queue and prefill of so many uncached ids are expected to take on this node, in seconds."""
+        standing = self._standings.get((record.node_id, class_id))
+        if standing is None:
+            return UNMEASURED_FIRST_TOKEN_SECONDS
+        return standing.pace.first_token_seconds(self._clock(), read_tokens)
+
+    def token_gap_seconds(self, record: NodeRecord, class_id: ClassId) -> float:
+        """The usual time between two ids of one stream on this node now; 0.0 when nobody has measured it."""
+        standing = self._standings.get((record.node_id, class_id))
+        if standing is None or not standing.pace.gap_works:
+            return 0.0
+        return standing.pace.token_seconds(max(0, record.in_flight.get(class_id, 0) - 1))
+
+    def usual_ttft_seconds(self, class_id: ClassId) -> float:
+        """From the offer to the first id in this class when nothing is in the way; 0.0 when nobody has measured it."""
+        roster = self._rosters.get(class_id)
+        return roster.usual_ttft_seconds if roster is not None else 0.0
+
+    def places(self, class_id: ClassId) -> int:
+        """How many works this class's nodes may hold together; those that drain hold none."""
+        roster = self._current(class_id)
+        return roster.places if roster is not None else 0
+
+    def room(self, class_id: ClassId) -> int:
+        """How many more they may be given now."""
+        roster = self._current(class_id)
+        return roster.room if roster is not None else 0
 
     def nodes(self) -> list[NodeRecord]:
         return list(self._nodes.values())
@@ -451,47 +563,62 @@ class Registry:
         return self._nodes.get(node_id)
 
     def snapshot(self) -> Snapshot:
-        """The picture that a placement is decided on. Rebuilds only the classes that changed."""
-        for class_id in self._stale:
-            self._rebuild(class_id)
-        self._stale.clear()
-        return Snapshot(self._views)
+        """The picture that a placement is decided on."""
+        moment = self._clock()
+        for roster in self._rosters.values():
+            roster.advance(moment)
+        return self._snapshot
+
+    def roster(self, class_id: str) -> Roster | None:
+        """Who serves this class now; None when nobody does."""
+        return self._roster(class_id)
 
     # ------------------------------------------------------------ inside
 
-    def _view(self, class_id: ClassId) -> tuple[NodeView, ...]:
-        return self.snapshot().by_class.get(class_id, ())
+    def _roster(self, class_id: str) -> Roster | None:
+        roster = self._rosters.get(class_id)
+        return roster if roster is not None and len(roster) else None
 
-    def _rebuild(self, class_id: ClassId) -> None:
-        views = tuple(
-            NodeView(
-                node_id=record.node_id,
-                owner_id=record.owner_id,
+    def _current(self, class_id: ClassId) -> Roster | None:
+        roster = self._rosters.get(class_id)
+        if roster is not None:
+            roster.advance(self._clock())
+        return roster
+
+    def _standing(self, node_id: NodeId, offer: ClassOffer, moment: float) -> Standing:
+        key = node_id, offer.model_class.class_id
+        standing = self._standings.pop(key, None)
+        if standing is None or not standing.pace.measured:  # then the newest hints are all there is
+            pace = Pace(
+                decode_hint=offer.decode_tokens_per_second,
+                prefill_hint=offer.prefill_tokens_per_second,
                 slots=offer.slots,
-                in_flight=record.in_flight.get(class_id, 0),
-                draining=record.draining,
-                decode_tokens_per_second=record.decode_speed.get(class_id)
-                or offer.decode_tokens_per_second
-                or DECODE_TOKENS_PER_SECOND_UNKNOWN,
-                prefill_tokens_per_second=record.prefill_speed.get(class_id)
-                or offer.prefill_tokens_per_second
-                or PREFILL_TOKENS_PER_SECOND_UNKNOWN,
-                price=record.prices.get(class_id, FREE),
             )
-            for record in self._nodes.values()
-            if (offer := record.offers.get(class_id)) is not None
-        )
-        # A fresh mapping, so that a snapshot in somebody's hands never changes under them.
-        fresh = dict(self._views)
-        if views:
-            fresh[class_id] = views
-        else:
-            fresh.pop(class_id, None)
-        self._views = fresh
+            if standing is None:
+                standing = Standing(Health(moment), pace, moment)
+            else:
+                standing.pace = pace
+        self._standings[key] = standing
+        if len(self._standings) > STANDINGS_MAX:
+            self._standings.popitem(last=False)
+        return standing
 
-    def _refresh(self, record: NodeRecord, class_ids: Iterable[ClassId]) -> None:
-        for class_id in tuple(class_ids):
-            self._stale.add(class_id)
+    def _load(self, record: NodeRecord, class_id: ClassId, in_flight: int) -> None:
+        record.in_flight[class_id] = in_flight
+        member = record.members.get(class_id)
+        if member is not None:
+            self._rosters[class_id].load(member, in_flight, self._clock())
+
+    def _take_members(self, record: NodeRecord) -> set[ClassId]:
+        moment = self._clock()
+        gone = set(record.members)
+        for class_id, member in record.members.items():
+            self._rosters[class_id].remove(member, moment)
+        record.members = {}
+        return gone
+
+    def _withdraw_members(self, record: NodeRecord) -> None:
+        for class_id in self._take_members(record):
             self.changed(class_id)
 
     def _drop_pending(self, node_id: NodeId) -> None:
@@ -503,8 +630,8 @@ class Registry:
         if known is None:
             raise UnknownModel(name, [], f"{name} is approved, but no node has offered its class yet")
         _, facts, first_seen = known
-        views = self._view(class_id)
-        owner = views[0].owner_id if len({view.owner_id for view in views}) == 1 else "gridmill"
+        roster = self._roster(class_id)
+        owner = (roster.only_owner if roster is not None else None) or "gridmill"
         return ModelCard(name, class_id, facts, owner, first_seen, facts.toy)
 
     def _unknown(self, name: str) -> UnknownModel:
