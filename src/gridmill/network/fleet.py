@@ -216,6 +216,7 @@ class Roster:
             if len(self._tree) <= len(self._members):
                 self._regrow()
         self._by_id[member.node_id] = member
+        self._rows = None
         for position in _positions(member.node_id):
             point = position << RING_SHIFT | member.place
             self._ring.insert(bisect_left(self._ring, point), point)
