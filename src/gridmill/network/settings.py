@@ -48,6 +48,29 @@ class NetworkSettings:
     text_workers: int = setting(2, help="processes that run tokenizers and chat templates")
     body_bytes: int = setting(4 << 20, help="largest request body", parse=parse_size)
     queue_timeout_seconds: float = setting(30.0, help="how long a request may wait for a free place")
+    queue_places_factor: float = setting(
+        1.0, help="how many requests may wait for a model, as a multiple of the places that its nodes have"
+    )
+    queue_ttft_factor: float = setting(
+        2.0,
+        help="a request waits only while its first token still comes within this many times the usual time; 0: it "
+        "waits --queue-timeout-seconds",
+    )
+    stall_gap_seconds: float = setting(
+        1.0, help="a node that sends no token for this long loses the answer to another (see --stall-gap-factor)"
+    )
+    stall_gap_factor: float = setting(
+        5.0, help="the same, as a multiple of the usual gap between its tokens; the longer of the two counts"
+    )
+    stall_first_token_seconds: float = setting(
+        5.0, help="the same for the first token (see --stall-first-token-factor)"
+    )
+    stall_first_token_factor: float = setting(
+        3.0, help="the same, as a multiple of the time predicted for the prompt; the longer of the two counts"
+    )
+    resume_timeout_seconds: float = setting(
+        30.0, help="how long an answer whose node was lost may wait for a place on another"
+    )
     client_stall_timeout_seconds: float = setting(60.0, help="a reader that takes nothing for this long is cut off")
     heartbeat_seconds: float = setting(5.0, help="how often nodes and network tell each other that they live")
     drain_timeout_seconds: float = setting(30.0, help="how long running answers may go on after Ctrl-C")
@@ -61,9 +84,21 @@ class NetworkSettings:
             raise SettingsError("--tls-certificate and --tls-key belong together: give both")
         if not 1 <= self.text_workers <= 64:
             raise SettingsError("--text-workers must be between 1 and 64")
-        for name in ("queue_timeout_seconds", "client_stall_timeout_seconds", "heartbeat_seconds"):
+        for name in (
+            "queue_timeout_seconds",
+            "queue_places_factor",
+            "client_stall_timeout_seconds",
+            "heartbeat_seconds",
+            "stall_gap_seconds",
+            "stall_gap_factor",
+            "stall_first_token_seconds",
+            "stall_first_token_factor",
+            "resume_timeout_seconds",
+        ):
             if getattr(self, name) <= 0:
                 raise SettingsError(f"--{name.replace('_', '-')} must be above 0")
+        if self.queue_ttft_factor != 0 and self.queue_ttft_factor < 1:
+            raise SettingsError("--queue-ttft-factor must be at least 1, or 0 to let every request wait")
         if not 0 <= self.fee_basis_points <= 10_000:
             raise SettingsError(
                 "--fee-basis-points must be between 0 and 10000, which is all of the node's price again"

@@ -1,0 +1,593 @@
+"""Who goes next when a class has no free place, and who is told to come later, and when.
+
+- One line for each class, bounded. An answer that broke off and looks for another node goes first and is never turned
+  away for others; then requests of service `default`, then `flex`.
+- Between accounts the one goes first that was served the fewest tokens, divided by its weight (the virtual token
+  counter of Sheng et al. 2024). Within an account it is whoever came first.
+- Nothing waits longer than it may, and what would have to wait longer is refused at once: `default` waits while its
+  first token still comes within a factor of the usual time, `flex` and who names a wait of its own wait that long.
+- A full line turns away who could not be served in time anyway, and then who is last in order: not the newcomer as
+  such, but the newest request of the account that is furthest ahead.
+
+    ticket = admission.ticket(asking)
+    try:
+        while True:
+            await ticket.turn()     # at once when nobody is ahead
+            if found := place(...): break
+        ticket.took()               # and later served(tokens), freed()
+    finally:
+        ticket.close()
+
+Nothing here knows nodes: `Fleet` says how many places there are and how many are free, and `wake` that this changed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from bisect import insort
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+import msgspec
+
+from gridmill.wire.classes import ClassId
+
+Service = Literal["default", "flex"]
+Reason = Literal["full", "late", "shed"]
+
+WAIT_FLOOR_SECONDS = 0.2  # a burst is smoothed out even where the first token usually takes a hundredth of this
+RATE_MEMORY_SECONDS = 60.0  # how long what was measured about a class counts
+RETRY_AFTER_SECONDS_MIN = 1.0
+RETRY_AFTER_SECONDS_MAX = 300.0  # a prediction further ahead than this says nothing
+RETRY_AFTER_SECONDS_UNKNOWN = 2.0  # nothing was measured yet
+UNMET_SECONDS = 10.0  # how long an account that was turned away counts as still asking
+ACCOUNTS_BEFORE_TIDYING = 1024
+
+
+class Asking(msgspec.Struct, frozen=True):
+    """One work that wants a place.
+
+    `max_wait_seconds` is the caller's own limit, from when its ticket was made; it replaces the limit by the time to
+    the first token. `prompt` is what a repetition of the same request has in common with it.
+    """
+
+    class_id: ClassId
+    account_id: str
+    weight: int = 1
+    service: Service = "default"
+    max_wait_seconds: float | None = None
+    prompt: bytes = b""
+
+
+class Overloaded(Exception):
+    """Not now. `full`: as many wait as may; `late`: it would wait, or has waited, too long; `shed`: others go first."""
+
+    def __init__(self, reason: Reason, detail: str, retry_after_seconds: float) -> None:
+        super().__init__(detail)
+        self.reason: Reason = reason
+        self.detail = detail
+        self.retry_after_seconds = retry_after_seconds
+
+
+class Fleet(Protocol):
+    """What the line must know about the nodes of a class. All calls are cheap."""
+
+    def places(self, class_id: ClassId) -> int:
+        """How many works its nodes take at once; 0 when there is none."""
+
+    def room(self, class_id: ClassId) -> int:
+        """How many more they would take now."""
+
+    def usual_ttft_seconds(self, class_id: ClassId) -> float:
+        """The time to the first token without a wait; 0.0 while unknown."""
+
+
+class Observer(Protocol):
+    """What the counters want to know. All calls are cheap and never fail."""
+
+    def queue_length(self, count: int) -> None: ...
+    def admission_waited(self, seconds: float) -> None: ...
+    def admission_refused(self, reason: str) -> None: ...
+
+
+class Admission:
+    """The lines of all classes. `clock` is monotonic seconds, the same time that the loop's timers keep."""
+
+    def __init__(
+        self,
+        *,
+        fleet: Fleet,
+        clock: Callable[[], float],
+        observer: Observer,
+        queue_timeout_seconds: float = 30.0,
+        resume_timeout_seconds: float = 30.0,
+        ttft_factor: float = 2.0,
+        queue_places_factor: float = 1.0,
+    ) -> None:
+        self.fleet = fleet
+        self.clock = clock
+        self.observer = observer
+        self.queue_timeout_seconds = queue_timeout_seconds
+        self.resume_timeout_seconds = resume_timeout_seconds
+        self.ttft_factor = ttft_factor
+        self.queue_places_factor = queue_places_factor
+        self.waiting = 0
+        self.stopped = False
+        self._lines: dict[ClassId, _Line] = {}
+
+    def ticket(self, asking: Asking) -> Ticket:
+        """To be closed when the work is over, however it ended."""
+        line = self._lines.get(asking.class_id)
+        if line is None:
+            line = self._lines[asking.class_id] = _Line(self, asking.class_id)
+        return Ticket(self, line, asking)
+
+    def wake(self, class_id: ClassId) -> None:
+        """Places may be free, or the last node may be gone: as many as there is room for get their turn, in order."""
+        line = self._lines.get(class_id)
+        if line is not None:
+            line.wake()
+
+    def retry_after_seconds(self, class_id: ClassId) -> float:
+        """When whoever joined the end of the line now would get a place."""
+        line = self._lines.get(class_id)
+        return RETRY_AFTER_SECONDS_UNKNOWN if line is None else line.retry_after(line.length)
+
+    def stop(self) -> None:
+        """Everybody gets a turn at once, now and from now on: there is nothing left to wait for."""
+        self.stopped = True
+        for line in self._lines.values():
+            line.wake()
+
+    def counted(self, change: int) -> None:
+        self.waiting += change
+        self.observer.queue_length(self.waiting)
+
+
+class Ticket:
+    """One work's standing in the line, over all its moves: a work that took a place and lost it stands afresh."""
+
+    def __init__(self, admission: Admission, line: _Line, asking: Asking) -> None:
+        self.asking = asking
+        self.urgent = False
+        self.tier = 1 if asking.service == "flex" else 0
+        self.number = 0  # its place by arrival; 0 while it does not stand
+        self.deadline = math.inf
+        self.round = 0  # the latest round in which it had its turn
+        self.share = line.share(asking)
+        self.share.tickets += 1
+        self._admission = admission
+        self._line = line
+        self._clock = admission.clock
+        self._made = admission.clock()
+        self._standings = 0
+        self._tokens = 0
+        self._future: asyncio.Future[None] | None = None
+        self._called = False  # it has a turn that it has not used yet
+        self._looked = False
+        self._last_turn = False
+        self._holds = False
+        self._closed = False
+
+    async def turn(self, *, urgent: bool = False) -> None:
+        """Returns when it may look for a place; asked again, it found none. Raises Overloaded.
+
+        `urgent`: ids of it were delivered already. Cancelling is safe: a turn that was not used goes on to the next.
+        """
+        line, admission = self._line, self._admission
+        assert not self._holds and not self._closed
+        if self._called:
+            self._give_back()
+        if admission.stopped:
+            return
+        if not self.number:
+            self._stand(urgent)
+        if self._last_turn:
+            raise self._late()
+        if not self._looked and not line.anybody_ahead(urgent):
+            self._looked = True
+            return
+        self._looked = True
+        self._join()
+        began = self._clock()
+        assert self._future is not None
+        try:
+            async with asyncio.timeout(max(0.0, self.deadline - began)):
+                await self._future
+        except TimeoutError:
+            self._last_turn = True
+            # Nobody is told that there is no place before having looked at the end of its wait.
+            if not self._called and not line.room():
+                raise self._late() from None
+        finally:
+            self._leave()
+            admission.observer.admission_waited(self._clock() - began)
+
+    def took(self) -> None:
+        """It looked and found a place."""
+        assert not self._holds
+        self._line.took(self.share)
+        if self._called:
+            self._called = False
+            self._line.called_back(self.share)
+        self.number, self._looked, self._last_turn = 0, False, False
+        self._holds, self._tokens = True, 0
+
+    def served(self, tokens: int) -> None:
+        """Tokens, read or written, that its account got."""
+        self._tokens += tokens
+        self.share.counter += tokens / self.asking.weight
+
+    def freed(self) -> None:
+        """The place that it took is free again."""
+        if self._holds:
+            self._holds = False
+            self._line.freed(self._tokens)
+
+    def close(self) -> None:
+        """It is over: what it still has of a turn or a place goes on to others."""
+        if self._closed:
+            return
+        self._closed = True
+        self.freed()
+        if self._called:
+            self._give_back()
+        self.share.tickets -= 1
+        self._line.tidy()
+
+    # ------------------------------------------------------------ for the line
+
+    def call(self, round_number: int) -> None:
+        """Its turn."""
+        assert self._future is not None
+        self._called = True
+        self.round = round_number
+        if not self._future.done():
+            self._future.set_result(None)
+
+    def shed(self, overloaded: Overloaded) -> None:
+        """Somebody with more right needs its place in the line, which it has left."""
+        assert self._future is not None
+        self._note(overloaded.reason)
+        if not self._future.done():
+            self._future.set_exception(overloaded)
+
+    # ------------------------------------------------------------ its own
+
+    def _stand(self, urgent: bool) -> None:
+        admission, now = self._admission, self._clock()
+        self.urgent = urgent
+        self.number = self._line.next_number()
+        self.round = 0
+        self._standings += 1
+        if urgent:
+            self.deadline = now + admission.resume_timeout_seconds
+            return
+        start = self._made if self._standings == 1 else now
+        self.deadline = start + admission.queue_timeout_seconds
+        if self.asking.max_wait_seconds is not None:
+            self.deadline = min(self.deadline, self._made + self.asking.max_wait_seconds)
+        elif self.asking.service == "default":
+            usual = admission.fleet.usual_ttft_seconds(self.asking.class_id)
+            if usual and admission.ttft_factor:
+                spare = max(WAIT_FLOOR_SECONDS, (admission.ttft_factor - 1.0) * usual)
+                self.deadline = min(self.deadline, start + spare)
+
+    def _join(self) -> None:
+        line, now = self._line, self._clock()
+        self._future = asyncio.get_running_loop().create_future()
+        if not self.urgent:
+            ahead = line.ahead(self)
+            if now + line.wait_behind(ahead) > self.deadline:
+                self._future = None
+                raise self._late(ahead)
+        line.add(self)
+        if not self.urgent:
+            line.make_room(self, self._admission.queue_places_factor)
+            if self._future.done():
+                self._future.result()  # it was the one with the least right
+
+    def _leave(self) -> None:
+        self._line.remove(self)
+        self._future = None
+
+    def _give_back(self) -> None:
+        self._called = False
+        self._line.called_back(self.share)
+        self._line.pass_on()
+
+    def _late(self, ahead: int | None = None) -> Overloaded:
+        line, waited = self._line, self._clock() - self._made
+        if self.urgent:
+            detail = f"no place was found for {self._admission.resume_timeout_seconds:.0f} s after its node was lost"
+        elif waited >= 0.1 or ahead is None:
+            detail = f"waited {waited:.1f} s for one of {line.places()} places"
+        else:
+            detail = f"all {line.places()} places for this model are taken, and the wait for one would be too long"
+        self._note("late")
+        return Overloaded("late", detail, line.retry_after(line.length if ahead is None else ahead))
+
+    def _note(self, reason: Reason) -> None:
+        self._admission.observer.admission_refused(reason)
+        if self.asking.max_wait_seconds is None and self.asking.service == "default":
+            self._line.refused(self.share)
+
+
+class _Share:
+    """What one account got of a class, and who waits for it there."""
+
+    def __init__(self, counter: float) -> None:
+        self.counter = counter  # tokens served, divided by weight
+        self.weight = 1
+        self.waiting: tuple[list[Ticket], list[Ticket]] = ([], [])  # by tier, each by arrival
+        self.called = 0  # turns given that were not used yet
+        self.tickets = 0
+        self.refused_at = -math.inf
+
+
+class _Line:
+    """One class: who waits for it, what was measured about it, and what each account got of it."""
+
+    def __init__(self, admission: Admission, class_id: ClassId) -> None:
+        self._admission = admission
+        self._class_id = class_id
+        self._shares: dict[str, _Share] = {}
+        self._tidy_at = ACCOUNTS_BEFORE_TIDYING
+        self._waiting: dict[_Share, None] = {}  # those of whom anybody waits
+        self._urgent: list[Ticket] = []
+        self._count = 0
+        self._called = 0
+        self._round = 1
+        self._number = 0
+        self._refused_at = -math.inf
+        # What accounts had got when they were served last, the furthest of them: newcomers begin there.
+        self._floor = 0.0
+        self._rate = _Rate(admission.clock())
+        self._waking = False
+
+    # ------------------------------------------------------------ what is known
+
+    def places(self) -> int:
+        return self._admission.fleet.places(self._class_id)
+
+    def room(self) -> int:
+        """Free places that nobody was called to yet."""
+        return self._admission.fleet.room(self._class_id) - self._called
+
+    @property
+    def length(self) -> int:
+        return self._count
+
+    def anybody_ahead(self, urgent: bool) -> bool:
+        if urgent:
+            return bool(self._urgent)
+        return self._count > 0 or (self._called > 0 and self.room() <= 0)
+
+    def ahead(self, newcomer: Ticket) -> int:
+        """How many would have their turn before a ticket that is not in the line."""
+        share, tier = newcomer.share, newcomer.tier
+        behind = sum([len(share.waiting[each]) for each in range(tier + 1)])
+        mark = share.counter + (share.called + behind) * self._rate.tokens_per_work / share.weight
+        count = len(self._urgent) + behind
+        for other in self._waiting:
+            if other is share:
+                continue
+            before = sum([len(other.waiting[each]) for each in range(tier)])
+            count += before
+            waiting = len(other.waiting[tier])
+            if waiting:
+                per_turn = self._rate.tokens_per_work / other.weight
+                first = other.counter + (other.called + before) * per_turn
+                if mark >= first:
+                    count += min(waiting, 1 + int((mark - first) / per_turn))
+        return count
+
+    def wait_behind(self, ahead: int) -> float:
+        """Seconds until somebody with so many ahead of it may have a place. 0.0 while nothing was measured."""
+        per_second = self._rate.per_second(self._admission.clock(), self.places())
+        free = max(0, self.room())
+        return max(0, ahead + 1 - free) / per_second if per_second else 0.0
+
+    def retry_after(self, ahead: int) -> float:
+        seconds = self.wait_behind(ahead) or RETRY_AFTER_SECONDS_UNKNOWN
+        return min(max(seconds, RETRY_AFTER_SECONDS_MIN), RETRY_AFTER_SECONDS_MAX)
+
+    # ------------------------------------------------------------ who waits
+
+    def share(self, asking: Asking) -> _Share:
+        share = self._shares.get(asking.account_id)
+        if share is None:
+            share = self._shares[asking.account_id] = _Share(self._floor)
+        elif not (share.called or share in self._waiting or share.refused_at > self._admission.clock() - UNMET_SECONDS):
+            # Nobody saves up by not asking. Who was turned away was asking.
+            share.counter = max(share.counter, self._floor)
+        share.weight = asking.weight
+        return share
+
+    def next_number(self) -> int:
+        self._number += 1
+        return self._number
+
+    def add(self, ticket: Ticket) -> None:
+        if ticket.urgent:
+            insort(self._urgent, ticket, key=_number)
+        else:
+            insort(ticket.share.waiting[ticket.tier], ticket, key=_number)
+            self._waiting[ticket.share] = None
+        self._count += 1
+        self._admission.counted(1)
+
+    def remove(self, ticket: Ticket) -> None:
+        """Does nothing when it is not in the line."""
+        its_list = self._urgent if ticket.urgent else ticket.share.waiting[ticket.tier]
+        if ticket not in its_list:
+            return
+        its_list.remove(ticket)
+        if not any(ticket.share.waiting):
+            self._waiting.pop(ticket.share, None)
+        self._count -= 1
+        self._admission.counted(-1)
+
+    def make_room(self, newcomer: Ticket, places_factor: float) -> None:
+        """Somebody joined: if that is one too many, the one with the least right leaves."""
+        limit = max(1, math.ceil(self.places() * places_factor))
+        if self._count - len(self._urgent) <= limit:
+            return
+        order = self._order()
+        now = self._admission.clock()
+        victim = order[-1]
+        reason: Reason = "full" if victim is newcomer else "shed"
+        for index in range(len(order) - 1, -1, -1):
+            if now + self.wait_behind(len(self._urgent) + index) > order[index].deadline:
+                victim, reason = order[index], "late"
+                break
+        self.remove(victim)
+        detail = f"all {self.places()} places for this model are taken, and {limit} requests wait that go first"
+        victim.shed(Overloaded(reason, detail, self.retry_after(self._count)))
+
+    def _order(self) -> list[Ticket]:
+        """All who are not urgent, in the order in which they would have their turn."""
+        marked = []
+        for share in self._waiting:
+            turns = share.called
+            for tier, tickets in enumerate(share.waiting):
+                for ticket in tickets:
+                    mark = share.counter + turns * self._rate.tokens_per_work / share.weight
+                    marked.append((tier, mark, ticket.number, ticket))
+                    turns += 1
+        marked.sort(key=lambda each: each[:3])
+        return [each[3] for each in marked]
+
+    # ------------------------------------------------------------ whose turn it is
+
+    def wake(self) -> None:
+        self._waking = False
+        if not self._count:
+            return
+        everybody = self._admission.stopped or not self.places()
+        self._round += 1
+        turns = self._count if everybody else self.room()
+        for _ in range(turns):
+            if not self._call_next():
+                return
+
+    def pass_on(self) -> None:
+        """A turn was not used, for that one found nothing to its liking: somebody else may."""
+        if self._count and self.room() > 0:
+            self._call_next()
+
+    def called_back(self, share: _Share) -> None:
+        self._called -= 1
+        share.called -= 1
+
+    def _call_next(self) -> bool:
+        ticket = self._next()
+        if ticket is None:
+            return False
+        self.remove(ticket)
+        self._called += 1
+        ticket.share.called += 1
+        ticket.call(self._round)
+        return True
+
+    def _next(self) -> Ticket | None:
+        """The first in order that had no turn in this round."""
+        for ticket in self._urgent:
+            if ticket.round < self._round:
+                return ticket
+        best: Ticket | None = None
+        best_mark = (0, 0.0, 0)
+        for share in self._waiting:
+            mark = share.counter + share.called * self._rate.tokens_per_work / share.weight
+            for tier, tickets in enumerate(share.waiting):
+                first = next((each for each in tickets if each.round < self._round), None)
+                if first is not None:
+                    key = (tier, mark, first.number)
+                    if best is None or key < best_mark:
+                        best, best_mark = first, key
+                    break
+        return best
+
+    # ------------------------------------------------------------ what happened
+
+    def took(self, share: _Share) -> None:
+        self._floor = max(self._floor, share.counter)
+        self._rate.took(self._admission.clock())
+        if self._count and not self._waking:
+            # It takes its place before the loop turns; whoever is behind it may find another.
+            self._waking = True
+            asyncio.get_running_loop().call_soon(self.wake)
+
+    def freed(self, tokens: int) -> None:
+        self._rate.freed(self._admission.clock(), tokens)
+
+    def refused(self, share: _Share) -> None:
+        self._refused_at = share.refused_at = self._admission.clock()
+
+    def tidy(self) -> None:
+        """Forgets accounts that a newcomer would equal; all of them when the class is at rest: nobody was put off."""
+        still_asking = self._admission.clock() - UNMET_SECONDS
+        if self._rate.running == 0 and not self._count and not self._called and self._refused_at < still_asking:
+            self._floor = 0.0
+            if any([share.tickets for share in self._shares.values()]):
+                for share in self._shares.values():
+                    share.counter = 0.0
+            else:
+                self._shares.clear()
+        elif len(self._shares) >= self._tidy_at:
+            self._shares = {
+                account_id: share
+                for account_id, share in self._shares.items()
+                if share.tickets or share.counter > self._floor or share.refused_at >= still_asking
+            }
+            self._tidy_at = max(ACCOUNTS_BEFORE_TIDYING, 2 * len(self._shares))
+
+
+class _Rate:
+    """How fast places become free: works completed per second of a taken place, of the last minute or so.
+
+    Unlike works completed per second it says what a full class does also while it is not full.
+    """
+
+    def __init__(self, now: float) -> None:
+        self.running = 0
+        self.tokens_per_work = 1.0
+        self._completed = 0.0
+        self._place_seconds = 0.0
+        self._tokens = 0.0
+        self._moment = now
+
+    def per_second(self, now: float, places: int) -> float:
+        """0.0 while unknown. Before the first work is over: as if one were over now."""
+        self._flow(now)
+        if self._place_seconds < 1e-6:
+            return 0.0
+        return max(1, places) * max(1.0, self._completed) / self._place_seconds
+
+    def took(self, now: float) -> None:
+        self._flow(now)
+        self.running += 1
+
+    def freed(self, now: float, tokens: int) -> None:
+        """A place that was given back with nothing served does not count as a work that is over."""
+        self._flow(now)
+        self.running -= 1
+        if tokens:
+            self._completed += 1.0
+            self._tokens += tokens
+            self.tokens_per_work = self._tokens / self._completed
+
+    def _flow(self, now: float) -> None:
+        """What was measured fades, and the places that are taken count for the time that passed."""
+        elapsed, self._moment = now - self._moment, now
+        if not self.running:
+            return  # an idle hour says nothing
+        kept = math.exp(-elapsed / RATE_MEMORY_SECONDS)
+        self._completed *= kept
+        self._tokens *= kept
+        self._place_seconds = self._place_seconds * kept + self.running * RATE_MEMORY_SECONDS * (1.0 - kept)
+
+
+def _number(ticket: Ticket) -> int:
+    return ticket.number
