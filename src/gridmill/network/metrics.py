@@ -26,8 +26,24 @@ class Metrics:
             registry=self._registry,
         )
         self._tokens = Counter("gridmill_tokens_delivered", "Output token ids forwarded", registry=self._registry)
+        self._moves = Counter(
+            "gridmill_moves", "Works that left a node before their end, by reason", ("reason",), registry=self._registry
+        )
         self._prompt_tokens = Counter("gridmill_prompt_tokens", "Prompt token ids accepted", registry=self._registry)
         self._queue = Gauge("gridmill_queue_length", "Requests that wait for a place", registry=self._registry)
+        self._waits = Histogram(
+            "gridmill_queue_seconds",
+            "How long those that had to wait for a place stood in the line, found or not",
+            buckets=TTFT_BUCKETS_SECONDS,
+            registry=self._registry,
+        )
+        self._refused = Counter(
+            "gridmill_requests_refused",
+            "Works that got no place: full (as many wait as may), late (the wait was, or would be, too long), "
+            "shed (others went first)",
+            ("reason",),
+            registry=self._registry,
+        )
         node_links = Gauge("gridmill_links", "Nodes with a live link", registry=self._registry)
         node_links.set_function(lambda: float(links()))
         running = Gauge("gridmill_works_running", "Works that nodes are running", registry=self._registry)
@@ -39,8 +55,17 @@ class Metrics:
     def tokens_delivered(self, count: int) -> None:
         self._tokens.inc(count)
 
+    def moved(self, code: str) -> None:
+        self._moves.labels(code).inc()
+
     def queue_length(self, count: int) -> None:
         self._queue.set(count)
+
+    def admission_waited(self, seconds: float) -> None:
+        self._waits.observe(seconds)
+
+    def admission_refused(self, reason: str) -> None:
+        self._refused.labels(reason).inc()
 
     def request_ended(self, endpoint: str, status: int) -> None:
         self._requests.labels(endpoint, str(status)).inc()
