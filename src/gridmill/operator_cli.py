@@ -55,6 +55,13 @@ def add_operator_commands(commands: Any) -> None:
     create.add_argument("--requests-per-minute", metavar="N", type=int, help="how often it may ask, at each gateway")
     create.add_argument("--cost-per-minute", metavar="CREDITS", help="what it may spend in a minute, at each gateway")
     create.add_argument(
+        "--weight",
+        metavar="N",
+        type=int,
+        default=1,
+        help="its account's share of places that many ask for, beside others (default: 1)",
+    )
+    create.add_argument(
         "--expires", metavar="WHEN", help="30d or 12h from now, or the last day (UTC) on which it works: 2026-12-31"
     )
     listing = operator_command(keys, "list", _keys_list, "list keys, without the keys themselves")
@@ -199,6 +206,7 @@ def _keys_create(arguments: argparse.Namespace, environ: Environment) -> int:
         requests_per_minute=arguments.requests_per_minute,
         cost_per_minute_nanocredits=_amount(arguments.cost_per_minute),
         expires=arguments.expires,
+        weight=arguments.weight,
     )
     if arguments.json:
         print(json.dumps(made))
@@ -229,6 +237,8 @@ def _key_cells(row: dict[str, Any]) -> tuple[str, ...]:
         limits.append(f"{row['requests_per_minute']} requests/min")
     if row["cost_per_minute_nanocredits"] is not None:
         limits.append(f"{in_credits(row['cost_per_minute_nanocredits'])} credits/min")
+    if row["weight"] != 1:
+        limits.append(f"weight {row['weight']}")
     budget = row["budget_nanocredits"]
     spent = "" if budget is None else f"{in_credits(row['committed_nanocredits'])} of {in_credits(budget)}"
     return (

@@ -143,6 +143,9 @@ def test_unusable_names_are_refused(tmp_path: Path, name: str) -> None:
         {"budget_nanocredits": 1 << 63},
         {"budget_nanocredits": True},
         {"expires_seconds": int(NOW)},
+        {"weight": 0},
+        {"weight": 1001},
+        {"weight": 1.5},
     ],
     ids=str,
 )
@@ -163,13 +166,16 @@ def test_a_key_carries_its_limits_and_several_scopes_in_one_order(database: Data
             requests_per_minute=60,
             cost_per_minute_nanocredits=7,
             expires_seconds=int(NOW) + 1,
+            weight=3,
         )
         assert row.scope == "inference,node,operator"
         account = made.authenticate(secret)
         assert account is not None
         assert account.scopes == frozenset({"inference", "node", "operator"})
         assert (account.requests_per_minute, account.cost_per_minute_nanocredits) == (60, 7)
-        assert not account.has_budget
+        assert not account.has_budget and account.weight == 3
+        await made.load()
+        assert made.authenticate(secret) == account, "from the database as from memory"
 
     with_accounts(database, body)
 
@@ -264,6 +270,7 @@ def test_keys_from_before_accounts_become_members_of_accounts(database: Database
         account = made.authenticate("gm-old")
         assert account is not None
         assert (account.account_id, account.key_id, account.scopes) == ("account-1", "key-1", frozenset({"inference"}))
+        assert account.weight == 1
         assert [(row.account_id, row.name, row.created_seconds) for row in made.accounts()] == [
             ("account-1", "old", 900)
         ]

@@ -17,6 +17,7 @@ from gridmill.network.gateway.requests import (
     RequestError,
     parse_chat,
     parse_completion,
+    parse_max_wait,
 )
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -89,7 +90,6 @@ def test_what_is_accepted_without_effect_changes_nothing() -> None:
         "user": "u-1",
         "metadata": {"a": "b"},
         "store": True,
-        "service_tier": "auto",
         "safety_identifier": "s",
         "prompt_cache_key": "k",
         "parallel_tool_calls": False,
@@ -102,6 +102,27 @@ def test_what_is_accepted_without_effect_changes_nothing() -> None:
 @pytest.mark.parametrize("name", sorted(ACCEPTED_WITHOUT_EFFECT))
 def test_what_is_accepted_without_effect_is_still_typed(name: str) -> None:
     assert refused_chat(**{name: [1]}).param == name
+
+
+def test_a_service_tier_is_default_or_flex_and_auto_means_default() -> None:
+    assert [chat(service_tier=tier).service_tier for tier in ("auto", "default", "flex")] == [
+        "default",
+        "default",
+        "flex",
+    ]
+    assert completion(service_tier="flex").service_tier == "flex"
+    assert chat().service_tier is None, "who did not ask is not told"
+
+
+@pytest.mark.parametrize(("raw", "seconds"), [(None, None), (b"0", 0.0), (b"2.5", 2.5), (b"600", 600.0)])
+def test_a_caller_says_in_seconds_how_long_it_waits_for_a_place(raw: bytes | None, seconds: float | None) -> None:
+    assert parse_max_wait(raw) == seconds
+
+
+@pytest.mark.parametrize("raw", [b"", b"-1", b"nan", b"inf", b"1e3", b"5s", b"1_0", b" 1", "٣".encode(), b"9" * 400])
+def test_a_wait_that_is_no_number_of_seconds_is_refused_with_the_header_s_name(raw: bytes) -> None:
+    with pytest.raises(RequestError, match="x-gridmill-max-wait-seconds"):
+        parse_max_wait(raw)
 
 
 def test_both_names_of_the_token_limit_work_and_must_agree() -> None:
@@ -275,7 +296,8 @@ def test_messages_must_be_a_list_of_some(bad: object) -> None:
         ("cache_salt", 5),
         ("response_format", {"type": "json_object"}),
         ("response_format", "text"),
-        ("service_tier", "flex"),
+        ("service_tier", "priority"),
+        ("service_tier", 1),
         ("metadata", {"a": 1}),
     ],
 )

@@ -155,7 +155,13 @@ def test_a_key_is_listed_with_its_account_its_limits_and_what_it_spent(database:
     async def body(do: Operations, store: Store) -> None:
         await do.accounts_create("acme")
         made = await do.keys_create(
-            "ci", "inference,node", account="acme", budget_nanocredits=100, requests_per_minute=5, expires="30d"
+            "ci",
+            "inference,node",
+            account="acme",
+            budget_nanocredits=100,
+            requests_per_minute=5,
+            expires="30d",
+            weight=2,
         )
         await do.credit("ci", 1000)
         available = ledger.user_available(made["account_id"])
@@ -164,6 +170,7 @@ def test_a_key_is_listed_with_its_account_its_limits_and_what_it_spent(database:
         await store.run(lambda tx: ledger.apply(tx, [pend]))
         (row,) = await do.keys_list("acme")
         assert (row["account_name"], row["scope"], row["requests_per_minute"]) == ("acme", "inference,node", 5)
+        assert row["weight"] == 2
         assert (row["budget_nanocredits"], row["committed_nanocredits"]) == (100, 60)
         assert row["expires_seconds"] == NOW + 30 * 86_400
         assert "api_key" not in row and made["api_key"].startswith("gm-")

@@ -29,6 +29,7 @@ SCOPES = ("inference", "node", "operator")
 KEY_PREFIX = "gm-"
 NAME_CHARACTERS_MAX = 100  # long enough for an e-mail address and a purpose; it is shown in tables
 REQUESTS_PER_MINUTE_MAX = 1_000_000_000  # beyond any gateway, and far below what arithmetic could mind
+WEIGHT_MAX = 1000  # a larger share of what is scarce is all of it
 CHANGES_REMEMBERED_MAX = 1000  # more at once are quicker to read as a whole
 RETRY_SECONDS = 1.0  # between attempts to read changes from a database that does not answer
 
@@ -67,6 +68,11 @@ CREATE TABLE node_keys (
 );
 """
 
+# How large a share of what is scarce a key gets, beside others that ask for more than there is.
+WEIGHTS_MIGRATION = """
+ALTER TABLE api_keys ADD COLUMN weight BIGINT NOT NULL DEFAULT 1;
+"""
+
 
 class Account(msgspec.Struct, frozen=True):
     """Who a request belongs to, as far as the gateway needs to know: the account and the key that it came with."""
@@ -79,6 +85,7 @@ class Account(msgspec.Struct, frozen=True):
     cost_per_minute_nanocredits: int | None = None
     expires_seconds: int | None = None
     has_budget: bool = False
+    weight: int = 1
 
 
 class AccountRow(msgspec.Struct, frozen=True):
@@ -103,6 +110,7 @@ class KeyRow(msgspec.Struct, frozen=True):
     cost_per_minute_nanocredits: int | None = None
     expires_seconds: int | None = None
     budget_nanocredits: int | None = None
+    weight: int = 1
 
 
 class UnknownKey(Exception):
@@ -202,6 +210,7 @@ class Accounts:
         requests_per_minute: int | None = None,
         cost_per_minute_nanocredits: int | None = None,
         expires_seconds: int | None = None,
+        weight: int = 1,
     ) -> tuple[KeyRow, str]:
         """A new key and its secret, which cannot be shown again; without `account` in a new account of that name.
 
@@ -214,6 +223,7 @@ class Accounts:
         _check_number("requests per minute", requests_per_minute, 1, REQUESTS_PER_MINUTE_MAX)
         _check_number("the cost per minute", cost_per_minute_nanocredits, 1, NANOCREDITS_MAX)
         _check_number("the expiry", expires_seconds, 1, NANOCREDITS_MAX)
+        _check_number("the weight", weight, 1, WEIGHT_MAX)
         if expires_seconds is not None and expires_seconds <= self._now():
             raise ValueError("the key would have expired already: give a moment in the future")
         owner = None if account is None else await self.find(account)
@@ -232,6 +242,7 @@ class Accounts:
             cost_per_minute_nanocredits,
             expires_seconds,
             budget_nanocredits,
+            weight,
         )
 
         async def insert(transaction: Transaction) -> None:
@@ -239,8 +250,8 @@ class Accounts:
                 await _insert_account(transaction, made)
             await transaction.do(
                 "INSERT INTO api_keys (key_id, account_id, name, scope, key_sha256, created_seconds,"
-                " requests_per_minute, cost_per_minute_nanocredits, expires_seconds)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                " requests_per_minute, cost_per_minute_nanocredits, expires_seconds, weight)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 row.key_id,
                 row.account_id,
                 row.name,
@@ -250,6 +261,7 @@ class Accounts:
                 row.requests_per_minute,
                 row.cost_per_minute_nanocredits,
                 row.expires_seconds,
+                row.weight,
             )
             if row.budget_nanocredits is not None:
                 await ledger.set_budget(transaction, row.key_id, row.budget_nanocredits)
@@ -462,6 +474,7 @@ def _as_account(row: KeyRow) -> Account:
         row.cost_per_minute_nanocredits,
         row.expires_seconds,
         row.budget_nanocredits is not None,
+        row.weight,
     )
 
 
@@ -492,7 +505,7 @@ def _check_number(what: str, value: int | None, low: int, high: int) -> None:
 _ACCOUNTS_SQL = "SELECT account_id, name, created_seconds, frozen_seconds FROM accounts"
 _KEYS_SQL = (
     "SELECT k.key_id, k.account_id, k.name, k.scope, k.created_seconds, k.revoked_seconds, k.requests_per_minute,"
-    " k.cost_per_minute_nanocredits, k.expires_seconds, b.budget, k.key_sha256"
+    " k.cost_per_minute_nanocredits, k.expires_seconds, b.budget, k.weight, k.key_sha256"
     " FROM api_keys k LEFT JOIN key_budgets b ON b.key_id = k.key_id"
 )
 _Read = tuple[list[AccountRow], list[tuple[KeyRow, bytes]]]

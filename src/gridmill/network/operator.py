@@ -42,6 +42,7 @@ MIGRATIONS = (
     receipts.MIGRATION,
     idempotency.MIGRATION,
     settlement.PARTS_MIGRATION,
+    accounts_module.WEIGHTS_MIGRATION,
 )
 
 OPERATOR_RAIL = "rail:operator:external"  # where credit comes from that an operator gives, and goes that is taken back
@@ -163,6 +164,7 @@ class Operations:
         requests_per_minute: int | None = None,
         cost_per_minute_nanocredits: int | None = None,
         expires: str | None = None,
+        weight: int = 1,
     ) -> dict[str, Any]:
         """`expires` is a time from now ("30d", "12h") or the last day, in UTC, on which the key works."""
         try:
@@ -174,6 +176,7 @@ class Operations:
                 requests_per_minute=requests_per_minute,
                 cost_per_minute_nanocredits=cost_per_minute_nanocredits,
                 expires_seconds=None if expires is None else parse_expiry(expires, self._now()),
+                weight=weight,
             )
         except ValueError as problem:
             raise ControlError(str(problem)) from problem

@@ -42,6 +42,7 @@ class NewKey(msgspec.Struct, forbid_unknown_fields=True):
     cost_per_minute: str | None = None
     cost_per_minute_nanocredits: int | None = None
     expires: str | None = None
+    weight: int = 1
 
 
 class Credit(msgspec.Struct, forbid_unknown_fields=True):
@@ -169,6 +170,7 @@ class AdminApi:
                 "cost_per_minute", wanted.cost_per_minute, wanted.cost_per_minute_nanocredits
             ),
             expires=wanted.expires,
+            weight=wanted.weight,
         )
 
     async def _revoke(self, asked: Asked, key: str) -> Any:

@@ -14,7 +14,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import msgspec
 
@@ -35,7 +35,11 @@ TOKEN_ID_MAX = (1 << 32) - 1  # ids travel as uint32
 SEED_MIN, SEED_MAX = -(1 << 63), (1 << 63) - 1
 BLAME_BYTES_MAX = 256 << 10  # above this a body with a broken number gets a position instead of a name
 NAME_SHOWN_CHARACTERS = 64
+MAX_WAIT_HEADER = b"x-gridmill-max-wait-seconds"
 NOT_UTF8_JSON = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # RFC 8259 §8.1: UTF-8, and no mark
+
+
+ServiceTier = Literal["default", "flex"]
 
 
 class RequestError(Exception):
@@ -72,6 +76,7 @@ class _Request(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: str | None = None
     max_price: Price | None = None
     top_logprobs: int | None = None  # as in Sampling: None reports none, 0 only the chosen ids'
+    service_tier: ServiceTier | None = None
 
     def sampling(self, seed: bytes, max_tokens: int) -> Sampling:
         """The parameters as they travel; `seed` is S_i of the sampler page."""
@@ -134,6 +139,18 @@ def parse_completion(body: bytes) -> CompletionRequest:
     if request.n * len(request.prompts) > WORKS_MAX:
         raise RequestError(f"n times the number of prompts must be at most {WORKS_MAX}", "prompt")
     return request
+
+
+def parse_max_wait(raw: bytes | None) -> float | None:
+    """Seconds that this caller waits for a place at most, from the header of that name. Raises RequestError."""
+    if raw is None:
+        return None
+    if not _SECONDS.fullmatch(raw):
+        raise RequestError(
+            f"{MAX_WAIT_HEADER.decode()} must be a number of seconds like 2.5, and says how long this request may wait "
+            "for a free place"
+        )
+    return float(raw)
 
 
 def _reconcile(fields: dict[str, Any]) -> None:
@@ -294,6 +311,7 @@ def _stop(name: str, value: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(strings))
 
 
+_SECONDS = re.compile(rb"[0-9]{1,6}(\.[0-9]{1,6})?")
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}", re.ASCII)
 
 
@@ -345,9 +363,13 @@ def _metadata(name: str, value: Any) -> None:
         raise RequestError(f"the values of {name} must be strings", name)
 
 
-def _service_tier(name: str, value: Any) -> None:
-    if value != "auto" or type(value) is not str:
-        raise RequestError(f"{name} must be 'auto': there is one tier here", name)
+def _service_tier(name: str, value: Any) -> ServiceTier:
+    if type(value) is not str or value not in ("auto", "default", "flex"):
+        raise RequestError(
+            f"{name} must be 'auto', 'default' or 'flex' (waits longer, and gives way to others), not {_shown(value)}",
+            name,
+        )
+    return "flex" if value == "flex" else "default"
 
 
 def _not_yet(name: str, value: Any) -> NoReturn:
@@ -472,7 +494,6 @@ ACCEPTED_WITHOUT_EFFECT: Mapping[str, Reader] = {
     "user": _text(LABEL_CHARACTERS_MAX, characters_min=0),
     "metadata": _metadata,
     "store": _boolean,
-    "service_tier": _service_tier,
     "safety_identifier": _text(LABEL_CHARACTERS_MAX, characters_min=0),
     "prompt_cache_key": _text(LABEL_CHARACTERS_MAX, characters_min=0),
     "parallel_tool_calls": _boolean,
@@ -505,6 +526,7 @@ _SHARED: Mapping[str, Reader] = {
     "stop_token_ids": _stop_token_ids,
     "cache_salt": _text(LABEL_CHARACTERS_MAX),
     "max_price": _max_price,
+    "service_tier": _service_tier,
     "response_format": _response_format,
     **ACCEPTED_WITHOUT_EFFECT,
     **dict.fromkeys(_NOT_YET, _not_yet),
