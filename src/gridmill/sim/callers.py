@@ -45,6 +45,7 @@ class Call:
         self.last_at = 0.0
         self.longest_gap_seconds = 0.0
         self.ended_at = 0.0
+        self.arrivals: list[tuple[float, int]] = []  # when, and how many ids
         self.end = ""  # stop, length, cancelled; left; lost; or the code of an honest error
         self.detail = ""
         self.ends = 0
@@ -74,6 +75,7 @@ class Call:
             self.longest_gap_seconds = max(self.longest_gap_seconds, now - self.last_at)
         self.last_at = now
         self.received += ids
+        self.arrivals.append((now, len(ids)))
         if not self.pause_ids:
             return None
         self._unread += len(ids)

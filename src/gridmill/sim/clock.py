@@ -49,6 +49,11 @@ class Program:
         task.add_done_callback(self._loop.note_failure)
         return task
 
+    @staticmethod
+    def of(handle: asyncio.Handle) -> Program | None:
+        """Whose something is that waits to be run."""
+        return handle._context.get(_PROGRAM)  # type: ignore[attr-defined, no-any-return]
+
     def run(self, action: Callable[[], T]) -> T:
         """Calls a function as this program would."""
         return self.context.copy().run(action)
@@ -90,6 +95,8 @@ class Program:
         self.go_on()
         self.killed = False
         self._loop.halted.discard(self)
+        # A task that was about to be woken when the program died can only be cancelled by waking it.
+        self._loop.run_late([h for h in self._remains if type(h) is asyncio.Handle])
         tasks = self.tasks()
         for task in tasks:
             task.cancel()
@@ -195,7 +202,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
             handle = ready.popleft()
             if handle._cancelled:
                 continue
-            program = handle._context.get(_PROGRAM)  # type: ignore[attr-defined]
+            program = Program.of(handle)
             if program is not None and (program.stopped or program.killed):
                 program.keep(handle)
             else:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from pathlib import Path
 from random import Random
 from typing import Any, Protocol
@@ -77,6 +78,8 @@ class Network:
         self.lines: list[End] = []
         self.calls: set[Call] = set()
         self.wall_ahead_seconds = 0.0
+        self.killed_at = math.inf
+        self.leaving = False
         self._loop = loop
         self._random = random
         self._observer = observer
@@ -85,7 +88,7 @@ class Network:
         self._stop = asyncio.Event()
         self._drain_seconds = 5.0
         self._side = NetworkSide(self.identity, frozenset({HOST}), "simulated network", heartbeat_seconds)
-        self._tasks: asyncio.TaskGroup
+        self._conversing: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
         self.program.spawn(self._live())
@@ -97,6 +100,7 @@ class Network:
 
     def kill(self) -> None:
         """kill -9: the machine closes its sockets, and callers see their connections end."""
+        self.killed_at = self._loop.time()
         self.program.kill()
         for end in self.lines:
             end.hang_up()
@@ -106,7 +110,7 @@ class Network:
 
     @property
     def listening(self) -> bool:
-        return self.ready.is_set() and not self.program.killed and not self.stopped.is_set()
+        return self.ready.is_set() and not self.program.killed and not self.leaving
 
     def wall(self) -> float:
         return UNIX_EPOCH_SECONDS + self._loop.time() + self.wall_ahead_seconds
@@ -116,7 +120,9 @@ class Network:
     def accept(self, end: End) -> None:
         """A node has dialled."""
         self.lines.append(end)
-        self.program.spawn(self._converse(end), "link")
+        conversing = self.program.spawn(self._converse(end), "link")
+        self._conversing.add(conversing)
+        conversing.add_done_callback(self._conversing.discard)
 
     async def _converse(self, end: End) -> None:
         now = self._loop.time()
@@ -133,19 +139,24 @@ class Network:
         """A caller has asked."""
         self.calls.add(call)
         call.handler = self.program.spawn(self._handle(call), call.name)
+        call.handler.add_done_callback(lambda task: self._handled(call))
+
+    def _handled(self, call: Call) -> None:
+        if not call.over:  # cancelled before it began
+            call.finish("left", self._loop.time())
+        self.calls.discard(call)
 
     async def _handle(self, call: Call) -> None:
         loop, parts, work = self._loop, self.parts, call.work
         whole: list[int] = []
 
         async def emit(emissions: list[Emission]) -> None:
-            for emission in emissions:
-                ids = emission.ids
-                if call.enough:
-                    ids = ids[: max(0, call.enough - len(whole))]
-                whole.extend(ids)
-                if call.streaming and ids and (pause := call.take(ids, loop)) is not None:
-                    await pause
+            ids = [token_id for emission in emissions for token_id in emission.ids]
+            if call.enough:
+                ids = ids[: max(0, call.enough - len(whole))]
+            whole.extend(ids)
+            if call.streaming and ids and (pause := call.take(ids, loop)) is not None:
+                await pause
             if call.enough and len(whole) >= call.enough:
                 raise Enough(call.enough)
 
@@ -175,8 +186,6 @@ class Network:
             call.told_nanocredits = outcome.charge_nanocredits
             call.cached_tokens = outcome.cached_tokens
             call.finish(outcome.kind, loop.time())
-        finally:
-            self.calls.discard(call)
 
     # ------------------------------------------------------------ the program
 
@@ -238,6 +247,11 @@ class Network:
                 async with asyncio.timeout(self._drain_seconds):
                     await links.idle()
             links.say_goodbye(Reason.STOPPING, "the network is shutting down")
+            self.leaving = True
+            if self._conversing:
+                await asyncio.wait(self._conversing, timeout=5.0)
+            for conversing in self._conversing:
+                conversing.cancel()
             # What an HTTP server does with connections that are still open.
             handlers = [call.handler for call in sorted(self.calls, key=lambda call: call.name) if call.handler]
             for handler in handlers:

@@ -18,9 +18,9 @@ from gridmill.node.outbox import SCHEMA, Outbox
 from gridmill.sim.cables import Line
 from gridmill.sim.clock import Program, VirtualLoop
 from gridmill.sim.model import SERVED
-from gridmill.wire.identity import Identity, certify
+from gridmill.wire.identity import Identity, certify, node_id_of
 from gridmill.wire.link import Closed, Link, NodeSide, Reason
-from gridmill.wire.messages import Generate, NodeId, Price
+from gridmill.wire.messages import Generate, Price
 from gridmill.wire.transport import REDIAL_SECONDS_FIRST, REDIAL_SECONDS_MAX, STABLE_SECONDS, Conversation
 
 HOST = "grid.example"
@@ -58,6 +58,7 @@ class SimNode:
     def __init__(self, build: Build, loop: VirtualLoop, seed: str, lines: Lines, owner: Identity) -> None:
         self.build = build
         self.identity = Identity(Random(f"{seed}/{build.name}/key").randbytes(32))
+        self.node_id = node_id_of(self.identity.public)
         self.owner = owner
         self.random = Random(f"{seed}/{build.name}")
         self.line: Line | None = None
@@ -66,6 +67,7 @@ class SimNode:
         self.program: Program | None = None
         self.programs: list[Program] = []
         self.links_made = 0
+        self.over = asyncio.Event()  # its program has ended by itself
         self.outboxes: list[MemoryOutbox] = []
         self._loop = loop
         self._lines = lines
@@ -75,18 +77,13 @@ class SimNode:
         self._receipts.executescript(SCHEMA)
 
     @property
-    def node_id(self) -> NodeId:
-        from gridmill.wire.identity import node_id_of
-
-        return node_id_of(self.identity.public)
-
-    @property
     def alive(self) -> bool:
-        return self.program is not None and not self.program.killed
+        return self.program is not None and not self.program.killed and not self.over.is_set()
 
     def start(self) -> None:
         assert not self.alive
         self._leave = asyncio.Event()
+        self.over = asyncio.Event()
         self.program = Program(self._loop, self.build.name)
         self.programs.append(self.program)
         self.program.spawn(self._live(), self.build.name)
@@ -150,6 +147,8 @@ class SimNode:
                     await self._leave.wait()
         await engine.close()
         await outbox.close()
+        self.engine = None
+        self.over.set()
 
     async def _talk(self, conversation: Conversation, engine: SimEngine, outbox: Outbox) -> Closed:
         try:

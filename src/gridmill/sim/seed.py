@@ -54,7 +54,7 @@ def play(seed: int, *, with_faults: bool = True) -> Report:
         try:
             async with asyncio.timeout(3600.0):
                 await scene.play()
-                report.problems += await checks.after(scene.world, scene.balances, scene.uniform)
+                report.problems += await checks.after(scene.world, scene.balances)
         except TimeoutError:
             report.problems.append("an hour was not enough")
         except Standstill as problem:

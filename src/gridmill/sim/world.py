@@ -6,6 +6,7 @@ from random import Random
 from typing import Any
 
 from gridmill.network import ledger
+from gridmill.network.metering import FeePolicy, PriceRow
 from gridmill.network.operator import MIGRATIONS
 from gridmill.network.settlement import Payer
 from gridmill.sim.cables import Line
@@ -46,6 +47,8 @@ class World:
         self.calls: list[Call] = []
         self.networks: list[Network] = []
         self.lines: list[Line] = []
+        self.network_hung = False  # for once, so that leases may have ended under it
+        self.disk_failed = False
         self.partitioned: dict[SimNode, tuple[bool, bool]] = {}
         self._heartbeat_seconds = heartbeat_seconds
         self._receipts = receipts
@@ -90,6 +93,11 @@ class World:
         node = SimNode(build, self.loop, self.seed, self, owner)
         self.nodes.append(node)
         return node
+
+    def price_of(self, node_id: str) -> PriceRow:
+        """What a node asks, with the fee of the simulated networks."""
+        price = next(node.build.price for node in self.nodes if node.node_id == node_id)
+        return PriceRow("", price, FeePolicy())
 
     def connect(self, node: SimNode) -> Line | None:
         if not self.networks or not self.network.listening:
