@@ -1,0 +1,282 @@
+"""Answers whose nodes break, over real programs and sockets: nobody can tell them from answers whose nodes do not.
+
+Every request is asked twice, each time under a fresh cache salt: once in peace, and once while something breaks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faults import Asked, FaultKind, Fleet, Node, fleet, random_model
+from programs import Stream, gridmill, until
+
+TOKENS = 200
+SLOW = ["--engine", "echo", "--echo-tokens-per-second", "50"]
+PRICE = "50/400"
+# A clock for stalls that makes these tests short; what it measures against is the same as ever.
+IMPATIENT = ["--stall-gap-seconds", "0.5", "--stall-first-token-seconds", "0.5"]
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """Two native nodes with a model of random weights in exact mode."""
+    with fleet(tmp_path_factory.mktemp("exact"), price=PRICE, credit=10) as made:
+        model = random_model(made.here.folder / "random")
+        made.add(2, "--model", str(model), "--exact", "--kv-memory", "16MiB")
+        yield made
+
+
+@pytest.fixture
+def echo(tmp_path: Path) -> Iterator[Fleet]:
+    """Two slow echo nodes, whose ids give a wrong resume away."""
+    with fleet(tmp_path, *IMPATIENT, price=PRICE, credit=10) as made:
+        made.add(2, *SLOW)
+        yield made
+
+
+def prompt(number: int, length: int = 20) -> list[int]:
+    return [10 + (number * 37 + place * (number + 3)) % 1400 for place in range(length)]
+
+
+def stream(number: int = 0, **more: Any) -> Asked:
+    """A streamed answer of 200 tokens that nothing but their number ends."""
+    body = {"prompt": prompt(number), "max_tokens": TOKENS, "ignore_eos": True, "seed": number, "stream": True}
+    return Asked(**body | more).again()
+
+
+async def struck(node: Node, fault: FaultKind) -> None:
+    await asyncio.to_thread(node.suffer, fault)
+
+
+def same(broken: list[Asked], whole: list[Asked]) -> None:
+    found = {f"request {i}": b.differs(w) for i, (b, w) in enumerate(zip(broken, whole, strict=True)) if b.differs(w)}
+    assert not found, found
+
+
+# ---------------------------------------------------------------- every option, every fault, exactly
+
+
+def requests_of_every_kind() -> list[Asked]:
+    """Streamed and not, greedy and not; several choices, log probabilities, penalties, filters, stop strings."""
+    penalties = {"presence_penalty": 0.7, "frequency_penalty": 0.4, "repetition_penalty": 1.3, "temperature": 1}
+    filters = {"temperature": 1, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "logit_bias": {"77": 3, "78": -100}}
+    options: list[dict[str, Any]] = [
+        {"temperature": 0, "logprobs": 3},
+        {"temperature": 1, "logprobs": 0},
+        {"temperature": 0, "stream": False, "logprobs": 5},
+        {"temperature": 1, "stream": False},
+        {"temperature": 1, "n": 3},
+        {"temperature": 1, "n": 2, "stream": False},
+        penalties,
+        {**penalties, "stream": False},
+        filters,
+        {"temperature": 1, "stop": ["\u0000 never said"]},
+    ]
+    asked = [stream(i, **{"prompt": prompt(i, 5 + 23 * i), **each}) for i, each in enumerate(options)]
+    chat = {"messages": [{"role": "user", "content": "What breaks, and what does not?"}], "logprobs": True}
+    for i, temperature in enumerate((0, 1)):
+        body = {"max_tokens": TOKENS, "ignore_eos": True, "seed": i, "stream": True, "temperature": temperature}
+        asked.append(Asked(**body, **chat, top_logprobs=2).again())
+    return asked
+
+
+def with_a_stop_string(whole: Asked) -> Asked:
+    """The same request, made to end on a string that its answer holds three quarters of the way in."""
+    text = whole.texts[0]
+    middle = 3 * len(text) // 4
+    while "�" in text[middle : middle + 12] or text.index(text[middle : middle + 12]) != middle:
+        middle += 1
+    return Asked(**{**whole.body, "stop": [text[middle : middle + 12], "another"]}).again()
+
+
+@pytest.fixture(scope="module")
+def in_peace(exact: Fleet) -> list[Asked]:
+    asked = exact.ask(requests_of_every_kind())
+    stopping = [with_a_stop_string(asked[i]) for i in (0, 3)]
+    asked += exact.ask(stopping)
+    assert [one.reasons[0] for one in stopping] == ["stop", "stop"]
+    for one in asked:
+        assert one.done and not one.error, one.error
+        assert one in stopping or one.usage["completion_tokens"] == TOKENS * one.body.get("n", 1)
+    return asked
+
+
+def test_in_peace_an_answer_is_the_same_twice(exact: Fleet, in_peace: list[Asked]) -> None:
+    same(exact.ask([one.again() for one in in_peace]), in_peace)
+
+
+@pytest.mark.parametrize("fault", ["stop", "cut", "freeze", "drain", "kill"])
+def test_no_fault_changes_ids_text_log_probabilities_usage_or_price(
+    exact: Fleet, in_peace: list[Asked], fault: FaultKind
+) -> None:
+    exact.heal()
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}")
+    after = random.Random(seed).randrange(2, 3 * TOKENS // 4)
+    broken = [one.again() for one in in_peace]
+
+    async def strike() -> None:
+        first = await broken[0].reached(after)
+        await struck(exact.node(first.first_node), fault)
+
+    exact.ask(broken, strike)
+    moved = [one for one in broken if one.body.get("n", 1) == 1 and len(one.nodes) == 2]
+    assert broken[0] in moved and len({one.streamed for one in moved}) == 2
+    same(broken, in_peace)
+
+
+# ---------------------------------------------------------------- what is no fault
+
+
+def test_a_reader_who_pauses_and_a_prefill_of_five_seconds_are_no_reasons_to_move(tmp_path: Path) -> None:
+    with fleet(tmp_path, "--stall-gap-seconds", "0.3") as patient:
+        patient.add(2, "--engine", "echo", "--echo-delay-seconds", "5", "--echo-tokens-per-second", "2000")
+        asked = {"model": patient.model, "prompt": prompt(0), "max_tokens": 900, "logprobs": 20, "seed": 7}
+        slow = Stream(patient.url, patient.key, **asked)  # of more bytes than fit into socket buffers
+        others = patient.ask([stream(1), stream(2, stream=False)])
+        assert all(one.done and len(one.nodes) == 1 for one in others)
+        assert slow.event()
+        time.sleep(3)  # ten times what a node is given
+        assert patient.status()["works_running"] == 1
+        events = slow.events()
+        assert "error" not in events[-1] and len(events[-1]["gridmill"]["nodes"]) == 1
+        assert sum(len(choice["logprobs"]["tokens"]) for e in events for choice in e["choices"] if choice["text"]) > 800
+
+
+# ---------------------------------------------------------------- moving, and moving again
+
+
+@pytest.mark.parametrize("fault", ["stop", "freeze"])
+def test_what_a_node_says_after_its_work_moved_changes_nothing(echo: Fleet, fault: FaultKind) -> None:
+    whole = echo.ask([stream(i) for i in range(4)])
+    broken = [one.again() for one in whole]
+
+    async def strike() -> None:
+        await broken[0].reached(20)
+        node = echo.node(broken[0].first_node)
+        await struck(node, fault)
+        seen = len(broken[0].moments)
+        await broken[0].reached(seen + 30)  # more than what was on its way: another node goes on
+        await asyncio.to_thread(node.revive)
+
+    echo.ask(broken, strike)
+    assert len(broken[0].nodes) == 2
+    same(broken, whole)
+    echo.heal()
+    same(echo.ask([one.again() for one in whole]), whole)
+
+
+def test_sixteen_streams_that_one_kill_breaks_cost_what_they_cost_and_both_sides_sign_it(echo: Fleet) -> None:
+    whole = echo.ask([stream(i, stream=i % 4 > 0) for i in range(16)])
+    broken = [one.again() for one in whole]
+
+    async def strike() -> None:
+        await asyncio.gather(*(one.reached(20) for one in broken if one.streamed))
+        await struck(echo.node(broken[1].first_node), "kill")
+
+    echo.ask(broken, strike)
+    assert sum(len(one.nodes) == 2 for one in broken) >= 4
+    same(broken, whole)
+    echo.heal()
+    spent = sum(one.usage["cost_nanocredits"] for one in (*whole, *broken))
+    assert spent == 32 * (20 * 50 + TOKENS * 400) * 105 // 100
+    sound_books(echo, spent)
+
+
+def sound_books(broken: Fleet, spent: int) -> None:
+    """Nothing is held, the ledger adds up, and every node has signed for what the network owes it."""
+
+    def operate(*command: str) -> Any:
+        return json.loads(gridmill(*command, "--json", "--data", broken.folder))
+
+    def balances() -> dict[str, int]:
+        return {row["ledger_account"]: row["balance_nanocredits"] for row in operate("ledger", "balance")}
+
+    def exported(of: str, data: Path) -> Path:
+        path = broken.here.folder / f"{data.name}.receipts"
+        gridmill("receipts", "export", "--data", data, "--of", of, "-o", path)
+        return path
+
+    def held() -> int:
+        return sum(n for account, n in balances().items() if account == "escrow:request" or account.endswith(":hold"))
+
+    until(lambda: not held())
+    found = balances()
+    assert operate("ledger", "check")["problems"] == [] and sum(found.values()) == 0
+    [left] = [n for account, n in found.items() if account.startswith("user:") and account.endswith(":available")]
+    assert left == 10 * 10**9 - spent
+    until(lambda: not verified([exported("network", broken.folder)])["files"][0]["not_countersigned"])
+    files = [exported("network", broken.folder), *(exported("node", node.data) for node in broken.nodes)]
+    said = verified(files)
+    assert said["sound"] and not said["problems"]
+    pay = sum(n for account, n in found.items() if account.startswith("provider:"))
+    assert pay == sum(side["pay_nanocredits"] for side in said["files"][1:]) == said["files"][0]["pay_nanocredits"]
+
+
+def verified(files: list[Path]) -> Any:
+    return json.loads(gridmill("receipts", "verify", *files, "--json"))
+
+
+def test_a_node_that_is_told_to_leave_hands_its_streams_over_and_is_gone_at_once(echo: Fleet) -> None:
+    whole = echo.ask([stream(i, max_tokens=400) for i in range(4)])
+    broken = [one.again() for one in whole]
+    left: list[bool] = []
+
+    async def strike() -> None:
+        await broken[0].reached(20)
+        node = echo.node(broken[0].first_node)
+        await struck(node, "drain")
+        assert await asyncio.to_thread(node.program.process.wait, 20) == 0
+        left.append(not broken[0].ended)
+
+    echo.ask(broken, strike)
+    assert left == [True] and len(broken[0].nodes) == 2
+    same(broken, whole)
+
+
+def test_where_there_is_but_one_node_a_stream_waits_for_it_to_come_back(tmp_path: Path) -> None:
+    with fleet(tmp_path, *IMPATIENT, price=PRICE, credit=10) as lonely:
+        [node] = lonely.add(1, *SLOW)
+        whole = lonely.ask([stream(1), stream(2, stream=False)])
+        broken = [one.again() for one in whole]
+
+        async def strike() -> None:
+            await broken[0].reached(20)
+            await struck(node, "kill")
+            await asyncio.to_thread(node.start)
+
+        lonely.ask(broken, strike)
+        same(broken, whole)
+
+
+def test_after_three_moves_the_caller_is_told_and_pays_for_what_came(echo: Fleet) -> None:
+    asked = stream(0, max_tokens=900)
+    plain = stream(1, max_tokens=900, stream=False)
+    whole = echo.ask([stream(0, max_tokens=900)])[0]
+    breaks = 0
+
+    async def strike() -> None:
+        nonlocal breaks
+        while not (asked.ended and plain.ended):
+            await asked.reached(len(asked.moments) + 15)
+            if asked.ended and plain.ended:
+                break
+            for node in echo.nodes:
+                node.cable.cut()
+            breaks += 1
+            await asyncio.sleep(1.0)  # nodes dial again within half a second, at first
+
+    echo.ask([asked, plain], strike)
+    assert breaks >= 4
+    assert asked.status == 200 and not asked.done and asked.error is not None
+    assert asked.error["code"] == "node_lost"
+    assert plain.status == 502 and plain.error is not None and plain.error["code"] == "node_lost"
+    text = asked.texts[0]
+    assert 20 < len(text) < len(whole.texts[0]) and whole.texts[0].startswith(text)
