@@ -126,6 +126,34 @@ def build_parser() -> argparse.ArgumentParser:
     count.add_argument("--input-tokens", metavar="N", type=int, help="a prompt of so many tokens")
     _add_settings(quote, ClientSettings, leave_out={"model", "system", "temperature", "seed"})
 
+    sim = add_command(
+        commands,
+        "sim",
+        _sim,
+        "say what a fleet would do, without one",
+        "Simulates a network and its nodes in virtual time, on this machine alone: the real programs on lines and\n"
+        "clocks of their own, chats as load, and nodes that die, drain, hang and come back.\n"
+        "Example: gridmill sim --nodes 50 --churn 0.2",
+    )
+    sim.add_argument("--nodes", type=int, default=20, metavar="N", help="nodes, of four speeds (default: 20)")
+    sim.add_argument(
+        "--churn",
+        type=float,
+        default=0.2,
+        metavar="SHARE",
+        help="of the nodes, hit by something a minute (default: 0.2)",
+    )
+    sim.add_argument("--seconds", type=float, default=60.0, metavar="NUMBER", help="of requests (default: 60)")
+    sim.add_argument(
+        "--rate", type=float, default=0.0, metavar="NUMBER", help="requests a second (default: 60 %% load)"
+    )
+    sim.add_argument("--slots", type=int, default=4, metavar="N", help="requests at once on a node (default: 4)")
+    sim.add_argument(
+        "--tokens-per-second", type=float, default=20.0, metavar="NUMBER", help="of a slow node's stream (default: 20)"
+    )
+    sim.add_argument("--seed", type=int, default=0, metavar="N", help="another seed is another day (default: 0)")
+    sim.add_argument("--json", action="store_true", help="print the result as JSON, and no progress")
+
     add_operator_commands(commands)
     add_receipts_commands(commands)
     return parser
@@ -237,6 +265,22 @@ def _node(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
             print(f"Serving {facts['model']} on {facts['base_url']} as {facts['node_id']}. Ctrl-C stops.", flush=True)
 
     return _until_signal(lambda stop: run_node(settings, ready=ready, stop=stop), quiet=settings.exit_with_parent)
+
+
+def _sim(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    import msgspec
+
+    from gridmill.sim.fleet import Plan, simulate
+
+    if not (1 <= arguments.nodes <= 10_000 and 0 <= arguments.churn <= 60 and 0 < arguments.seconds <= 86_400):
+        return _say("--nodes is 1 to 10000, --churn 0 to 60, --seconds up to 86400", EXIT_USAGE)
+    if arguments.slots < 1 or arguments.tokens_per_second <= 0 or arguments.rate < 0:
+        return _say("--slots and --tokens-per-second are above 0, --rate not below it", EXIT_USAGE)
+    logging.disable(logging.CRITICAL)  # what simulated programs warn of is no news from this one
+    plan = Plan(**{name: getattr(arguments, name) for name in Plan.__struct_fields__})
+    fleet = simulate(plan, lambda line: None if arguments.json else print(line, file=sys.stderr, flush=True))
+    print(msgspec.json.encode(fleet).decode() if arguments.json else "\n".join(fleet.sentences()))
+    return 0
 
 
 def _until_signal(program: Callable[[asyncio.Event], Coroutine[Any, Any, int]], *, quiet: bool = False) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal, Protocol
 
+from gridmill.network.prefixes import SentPrefixes
 from gridmill.node.agent import Agent, agent_on
 from gridmill.node.engines.base import Emit, Event, Finished, Tokens
 from gridmill.node.engines.echo import EchoEngine
@@ -46,6 +47,7 @@ class Build:
     slots: int = 4
     tokens_per_second: float = 50.0
     first_token_seconds: float = 0.1
+    prefill_tokens_per_second: float = 0.0  # 0: a prompt takes no time, however long
     ids_per_step: int = 1
     price: Price = Price()
     delay_seconds: float = 0.02  # one way
@@ -194,13 +196,15 @@ class SimEngine(EchoEngine):
             now=now,
         )
         self.bug: Bug | None = None  # what its next step does
+        self._factor = 1.0
+        self._cache = SentPrefixes()  # what an engine with a prefix cache would still hold
         self._build = build
         self._free = asyncio.Event()
         self._free.set()
 
     def slow_down(self, factor: float) -> None:
+        self._factor = factor
         self._tokens_per_second = self._build.tokens_per_second / factor
-        self._first_token_delay_seconds = self._build.first_token_seconds * factor
 
     def wedge(self) -> None:
         """It makes nothing any more, while the program goes on and says that all is well."""
@@ -211,10 +215,20 @@ class SimEngine(EchoEngine):
 
     def speeds(self) -> tuple[float, float]:
         """What it would tell after measuring itself."""
-        return self._build.tokens_per_second, 2000.0
+        return self._build.tokens_per_second, self._build.prefill_tokens_per_second
+
+    def _first_token_seconds(self, work: Generate) -> float:
+        seconds, rate = self._build.first_token_seconds, self._build.prefill_tokens_per_second
+        if rate:
+            given, now = work.prompt + work.delivered, self._now()
+            cached = self._cache.cached_tokens(work.class_id, work.cache_salt, given, now)
+            self._cache.remember(work.class_id, work.cache_salt, given, now)
+            seconds += (len(given) // 4 - cached) / rate
+        return seconds * self._factor
 
     async def run(self, work: Generate, emit: Emit) -> None:
         over = False
+        self._first_token_delay_seconds = self._first_token_seconds(work)  # it is read before the first wait
 
         async def gated(event: Event) -> None:
             nonlocal over

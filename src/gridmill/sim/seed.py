@@ -126,6 +126,7 @@ class _Scene:
                 slots=random.choice((1, 2, 4, 8)),
                 tokens_per_second=random.choice((10.0, 25.0, 60.0)),
                 first_token_seconds=random.choice((0.02, 0.2, 0.8)),
+                prefill_tokens_per_second=random.choice((0.0, 200.0, 2000.0)),
                 ids_per_step=random.choice((1, 1, 1, 4)),
                 price=price,
                 delay_seconds=random.choice((0.001, 0.02, 0.12)),
