@@ -65,6 +65,7 @@ BOUNDS: dict[tuple[str, str], str] = {
     ("Refuse", "detail"): f"line, at most {codec.DETAIL_CHARS_MAX}",
     ("Step", "emissions"): f"at most {codec.STREAMS_OPEN_MAX}; applied in order, before the ends",
     ("Step", "ends"): f"at most {codec.STREAMS_OPEN_MAX}",
+    ("Step", "paused"): f"at most {codec.STREAMS_OPEN_MAX} open streams",
     ("Credit", "grants"): f"1 to {codec.STREAMS_OPEN_MAX} pairs (stream, 1 … {codec.CREDIT_MAX} ids)",
     ("Cancel", "stream"): "offered once; latecomers are ignored",
     ("Cancel", "keep"): "−1 … 2³² − 1",
@@ -162,7 +163,7 @@ BOUNDS: dict[tuple[str, str], str] = {
         ("Leaf", name): U63
         for name in (
             *("start", "input_tokens", "cached_tokens", "output_tokens"),
-            *("pay_nanocredits", "charge_nanocredits", "started_ms", "ended_ms"),
+            *("pay_nanocredits", "charge_nanocredits", "started_ms", "ended_ms", "replayed_tokens"),
         )
     },
     ("Countersignature", "class_id"): "64 lower-case hexadecimal digits",

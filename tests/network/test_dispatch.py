@@ -13,10 +13,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from gridmill.network import dispatch as dispatch_module
 from gridmill.network.accounts import Accounts
+from gridmill.network.admission import Admission
 from gridmill.network.books import Books, GatewayId, Order, Payer
-from gridmill.network.dispatch import CallerFault, Dispatcher, Enough, NodeFault, NoRoom, Outcome
+from gridmill.network.dispatch import Dispatcher
+from gridmill.network.faults import CallerFault, Enough, NodeFault, NoRoom
+from gridmill.network.journey import Outcome, Patience
 from gridmill.network.links import STREAM_CREDIT_IDS, Links
 from gridmill.network.operator import MIGRATIONS
 from gridmill.network.registry import Registry
@@ -44,7 +46,7 @@ from gridmill.wire.messages import (
 from gridmill.wire.sampling import Sampling, pack_ids
 from gridmill.wire.transport import Conversation
 
-FACTS = TextFacts(chat_template="x", special_tokens={}, eos_token_ids=(1,), context_tokens=4096, vocab_size=300)
+FACTS = TextFacts(chat_template="x", special_tokens={}, eos_token_ids=(299,), context_tokens=4096, vocab_size=300)
 TOKENIZER = b"a tokenizer that nobody reads in this test"
 CLASS = ModelClass(
     weights=(),
@@ -55,6 +57,7 @@ CLASS = ModelClass(
     text_facts_sha256=hashlib.sha256(facts_bytes(FACTS)).hexdigest(),
 )
 PAYER = Payer("a", "k")
+EOS = FACTS.eos_token_ids[0]
 
 
 class MemorySocket:
@@ -151,6 +154,7 @@ class Observations:
     def __init__(self) -> None:
         self.tokens = 0
         self.first_tokens = 0
+        self.moves: list[str] = []
 
     def first_token(self, seconds: float) -> None:
         self.first_tokens += 1
@@ -161,6 +165,15 @@ class Observations:
     def queue_length(self, count: int) -> None:
         pass
 
+    def moved(self, code: str) -> None:
+        self.moves.append(code)
+
+    def admission_waited(self, seconds: float) -> None:
+        pass
+
+    def admission_refused(self, reason: str) -> None:
+        pass
+
 
 class World:
     """A network without sockets or a gateway."""
@@ -169,7 +182,8 @@ class World:
         self.tasks = tasks
         self.identity = Identity(os.urandom(32))
         self.accounts = Accounts(store, now=lambda: 0.0, entropy=os.urandom)
-        self.registry = Registry(store, approve="open", now=lambda: 0.0)
+        clock = asyncio.get_running_loop().time
+        self.registry = Registry(store, approve="open", now=lambda: 0.0, clock=clock)
         self.observer = Observations()
         self.links = Links(
             registry=self.registry,
@@ -179,7 +193,6 @@ class World:
             invite_only=options.pop("invite_only", False),
             spawn=lambda work: void(tasks.create_task(work)),
         )
-        clock = asyncio.get_running_loop().time
         self.books = Books(
             store,
             holder=GatewayId("gateway-1"),
@@ -188,12 +201,20 @@ class World:
             wall_ms=lambda: int(clock() * 1000),
             entropy=os.urandom,
         )
+        self.admission = Admission(
+            fleet=self.registry,
+            clock=clock,
+            observer=self.observer,
+            queue_timeout_seconds=options.pop("queue_timeout_seconds", 30.0),
+            resume_timeout_seconds=options.pop("resume_timeout_seconds", 0.0),
+        )
         self.dispatcher = Dispatcher(
             registry=self.registry,
             links=self.links,
             books=self.books,
             observer=self.observer,
             clock=clock,
+            admission=self.admission,
             **options,
         )
 
@@ -428,9 +449,7 @@ def test_a_node_that_is_lost_after_an_id_ends_the_work_with_its_fault(tmp_path: 
     play(tmp_path, body)
 
 
-def test_a_node_that_never_answers_an_offer_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch_module, "ACCEPT_TIMEOUT_SECONDS", 0.05)
-
+def test_a_node_that_never_answers_an_offer_is_passed_over(tmp_path: Path) -> None:
     async def body(world: World) -> None:
         async def silent(node: ScriptedNode, offer: Offer) -> None:
             await node.until(lambda: bool(node.heard_of(Cancel)))
@@ -444,14 +463,10 @@ def test_a_node_that_never_answers_an_offer_is_passed_over(tmp_path: Path, monke
         await world.idle()
         assert len(node.heard_of(Cancel)) == 1
 
-    play(tmp_path, body)
+    play(tmp_path, body, patience=Patience(first_token_seconds=0.05))
 
 
-def test_a_node_that_falls_silent_after_an_id_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The offer's longer patience sets the timer first; the shorter one must move it, or this test never ends.
-    monkeypatch.setattr(dispatch_module, "STALL_TIMEOUT_SECONDS", 0.05)
-    monkeypatch.setattr(dispatch_module, "ACCEPT_TIMEOUT_SECONDS", 3600.0)
-
+def test_a_node_that_falls_silent_after_an_id_is_given_up(tmp_path: Path) -> None:
     async def body(world: World) -> None:
         async def stalls(node: ScriptedNode, offer: Offer) -> None:
             node.send(Accept(offer.stream))
@@ -466,26 +481,26 @@ def test_a_node_that_falls_silent_after_an_id_is_given_up(tmp_path: Path, monkey
         assert caught.value.code == "node_stalled" and reader.ids == [1, 2]
         await world.idle()
 
-    play(tmp_path, body)
+    # The first id's longer patience sets the timer first; the shorter one must move it, or this test never ends.
+    play(tmp_path, body, patience=Patience(gap_seconds=0.05, first_token_seconds=3600.0))
 
 
-def test_patience_begins_anew_with_every_word_of_the_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch_module, "ACCEPT_TIMEOUT_SECONDS", 0.02)  # fires while ids are awaited, and moves on
-    monkeypatch.setattr(dispatch_module, "STALL_TIMEOUT_SECONDS", 3600.0)
-
+def test_patience_begins_anew_with_every_word_of_the_node(tmp_path: Path) -> None:
     async def body(world: World) -> None:
         async def slow(node: ScriptedNode, offer: Offer) -> None:
             node.send(Accept(offer.stream))
-            await asyncio.sleep(0.1)
-            node.say(offer.stream, 0, 1, 2)
-            node.end(offer.stream, 2, "stop")
+            for position in range(4):  # the timer of the first word fires while the next ones are awaited
+                await asyncio.sleep(0.2)
+                node.say(offer.stream, position, 5 + position)
+            node.say(offer.stream, 4, EOS)
+            node.end(offer.stream, 5, "stop")
 
         await world.join(ScriptedNode(slow, slots=4))
         reader = Reader()
         outcome = await reader.serve(world, work())
-        assert outcome.kind == "stop" and reader.ids == [1, 2]
+        assert outcome.kind == "stop" and reader.ids == [5, 6, 7, 8, EOS]
 
-    play(tmp_path, body)
+    play(tmp_path, body, patience=Patience(gap_seconds=0.6, gap_factor=0.0, first_token_seconds=0.6))
 
 
 @pytest.mark.parametrize(
@@ -517,7 +532,8 @@ def test_as_many_wait_as_there_are_places_and_the_next_is_refused_at_once(tmp_pa
             node.send(Accept(offer.stream))
             node.say(offer.stream, 0, 1)
             await release.wait()
-            node.end(offer.stream, 1, "stop")
+            node.say(offer.stream, 1, EOS)
+            node.end(offer.stream, 2, "stop")
 
         await world.join(ScriptedNode(script, slots=3))
         readers = [Reader() for _ in range(6)]

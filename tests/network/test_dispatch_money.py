@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_dispatch import CLASS, PAYER, Reader, ScriptedNode, World, play
+from test_dispatch import CLASS, EOS, PAYER, Reader, ScriptedNode, World, play
 
 from gridmill.network import ledger
-from gridmill.network.dispatch import CallerFault, Enough, NodeFault, NoRoom
+from gridmill.network.faults import CallerFault, Enough, NodeFault, NoRoom
 from gridmill.network.metering import FeePolicy, PriceRow, Usage, charge, most
 from gridmill.network.store import Transaction
 from gridmill.wire.messages import Accept, Cancel, Drain, Emission, Generate, Offer, Price
@@ -79,7 +79,8 @@ def cost(input_tokens: int, output_tokens: int, cached_tokens: int = 0) -> int:
 
 
 def says(*ids: int, then: str | None = None, drained: bool = False) -> Script:
-    """Accepts, emits these ids one by one, and ends so; without an end it waits for ever."""
+    """Accepts, emits these ids one by one, and ends so; without an end it waits for ever. A stop ends with its id."""
+    ids = (*ids[:-1], EOS) if ids and then == "stop" else ids
 
     async def script(node: ScriptedNode, offer: Offer) -> None:
         node.send(Accept(offer.stream))
@@ -199,7 +200,7 @@ def test_a_node_that_fails_before_its_first_id_costs_nothing_and_the_next_is_pai
         for n in range(4):  # whichever is asked first
             wanted, reader = work(f"w-{n}"), Reader()
             await world.dispatcher.serve(wanted, await till.order(wanted), reader.emit)
-            assert reader.ids == [7, 8]
+            assert reader.ids == [7, EOS]
             await asyncio.sleep(0)
         paid = await till.charged()
         cached = [cost(INPUT, 2, cached_tokens=32)] * 3

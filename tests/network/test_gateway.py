@@ -20,9 +20,10 @@ import uvicorn
 from gridmill.network.accounts import Account, AccountId, KeyId
 from gridmill.network.books import Books, GatewayId, Order
 from gridmill.network.detokenise import ClassText
-from gridmill.network.dispatch import CallerFault, Enough, NodeFault, NoRoom, Outcome
+from gridmill.network.faults import CallerFault, Enough, NodeFault, NoRoom
 from gridmill.network.gateway.asgi import HttpProtocol
 from gridmill.network.gateway.openai import OpenAIGateway
+from gridmill.network.journey import Outcome
 from gridmill.network.limits import Limits
 from gridmill.network.metering import FREE, PriceRow
 from gridmill.network.registry import ModelCard, UnknownModel
@@ -749,35 +750,6 @@ async def test_a_node_that_keeps_the_logprobs_to_itself_or_invents_ids_is_at_fau
     stage.dispatcher.script = inventive
     status, error = await stage.error()
     assert (status, error["code"]) == (502, "bad_ids")
-
-
-@pytest.mark.parametrize(
-    "entry",
-    [
-        TokenLogprob(-1.0, ((FACTS.vocab_size, -1.0),)),
-        TokenLogprob(-1.0, ((4_000_000_000, -1.0),)),
-        TokenLogprob(0.5, ((97, -1.0),)),
-        TokenLogprob(-1.0, ((97, 0.5),)),
-    ],
-)
-@pytest.mark.parametrize("stream", [False, True])
-def test_log_probabilities_that_no_node_can_have_computed_are_the_nodes_fault(
-    entry: TokenLogprob, stream: bool
-) -> None:
-    async def body() -> None:
-        async with scene() as stage:
-
-            async def inventive(delivery: Delivery) -> Outcome:
-                delivery.placed("node-1")
-                await delivery._emit([Emission(1, 0, (97,), (entry,))])
-                return delivery.ended()
-
-            stage.dispatcher.script = inventive
-            async with stage.chat(stream=stream, logprobs=True, top_logprobs=1) as response:
-                assert response.status == 502
-                assert b'"code":"bad_ids"' in await response.read()
-
-    asyncio.run(body())
 
 
 @over_a_socket()

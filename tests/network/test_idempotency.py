@@ -25,6 +25,7 @@ from test_dispatch import CLASS, FACTS, MemorySocket, ScriptedNode
 from databases import Database
 from gridmill.network import idempotency, ledger
 from gridmill.network.accounts import Account, AccountId, Accounts, KeyId
+from gridmill.network.admission import Admission
 from gridmill.network.books import Books, GatewayId, Unavailable
 from gridmill.network.detokenise import ClassText
 from gridmill.network.dispatch import Dispatcher
@@ -219,7 +220,14 @@ class Gateway:
         )
         self.table = Idempotency(store, holder=name, lease_seconds=LEASE_SECONDS)
         self.dispatcher = Dispatcher(
-            registry=self.registry, links=self.links, books=self.books, observer=Quiet(), clock=time.monotonic
+            registry=self.registry,
+            links=self.links,
+            books=self.books,
+            observer=Quiet(),
+            clock=time.monotonic,
+            admission=Admission(
+                fleet=self.registry, clock=time.monotonic, observer=Quiet(), resume_timeout_seconds=0.0
+            ),
         )
         self.shared = SharedAnswers(
             self.table, books=self.books, dispatcher=self.dispatcher, spawn=self.spawn, clock=time.monotonic
@@ -282,6 +290,9 @@ class Quiet:
     def first_token(self, seconds: float) -> None: ...
     def tokens_delivered(self, count: int) -> None: ...
     def queue_length(self, count: int) -> None: ...
+    def moved(self, code: str) -> None: ...
+    def admission_waited(self, seconds: float) -> None: ...
+    def admission_refused(self, reason: str) -> None: ...
 
 
 class World:

@@ -6,11 +6,11 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from test_dispatch import CLASS, PAYER, ScriptedNode, World, play
+from test_dispatch import CLASS, EOS, PAYER, ScriptedNode, World, play
 from test_dispatch_money import INPUT, MOST, PRICE, Reader, Script, Till, cost, priced, says, work
 
 from gridmill.network.books import Insufficient
-from gridmill.network.dispatch import NodeFault, NoRoom
+from gridmill.network.faults import NodeFault, NoRoom
 from gridmill.network.links import OFFERS_AT_ONCE
 from gridmill.network.store import Transaction
 from gridmill.wire.messages import Accept, ClassOffer, Offer, Offers, Price
@@ -36,7 +36,7 @@ def test_a_price_that_rises_under_a_running_work_changes_nothing_of_its_bill(tmp
         before = len(node.heard)
         node.send(asks(Price(10**9, 10**9, 10**9)))
         await node.until(lambda: len(node.heard) > before)  # the network has listed it
-        node.say(offer.stream, 1, 6)
+        node.say(offer.stream, 1, EOS)
         node.end(offer.stream, 2, "stop")
 
     async def body(world: World, till: Till, node: ScriptedNode) -> None:
@@ -53,7 +53,7 @@ def test_a_work_that_waits_is_not_served_at_a_price_over_what_is_held_for_it(tmp
         before = len(node.heard)
         node.send(asks(Price(10**8, 10, 10**8), slots=1))
         await node.until(lambda: len(node.heard) > before)
-        node.say(offer.stream, 0, 5)
+        node.say(offer.stream, 0, EOS)
         node.end(offer.stream, 1, "stop")
 
     async def run(world: World) -> None:

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import random
 import secrets
 import socket
 import ssl
@@ -22,6 +23,7 @@ import uvicorn
 
 from gridmill import __version__
 from gridmill.network.accounts import Accounts, KeyId
+from gridmill.network.admission import Admission
 from gridmill.network.books import Books
 from gridmill.network.control import ControlError, ControlServer, FolderLock
 from gridmill.network.dispatch import Dispatcher
@@ -33,6 +35,7 @@ from gridmill.network.gateway.openai import OpenAIGateway
 from gridmill.network.gateway.plain import Plain
 from gridmill.network.gateway.usage import UsageApi
 from gridmill.network.idempotency import Idempotency
+from gridmill.network.journey import Patience
 from gridmill.network.limits import Limits
 from gridmill.network.links import Links
 from gridmill.network.metering import FeePolicy
@@ -99,6 +102,8 @@ async def _serve(
         own_nodes=own_nodes,
         fees=FeePolicy(fee_basis_points=settings.fee_basis_points),
         now=time.time,
+        clock=time.monotonic,
+        random=random.Random(secrets.randbits(64)),
     )
     holder = _gateway_id(settings.data / "gateway.id")
     books = Books(
@@ -131,13 +136,28 @@ async def _serve(
         books.send_receipts = desk.send
         store.listen(desk.heard)
         metrics = Metrics(links=lambda: links.count, works=lambda: links.works)
+        admission = Admission(
+            fleet=registry,
+            clock=time.monotonic,
+            observer=metrics,
+            queue_timeout_seconds=settings.queue_timeout_seconds,
+            resume_timeout_seconds=settings.resume_timeout_seconds,
+            ttft_factor=settings.queue_ttft_factor,
+            queue_places_factor=settings.queue_places_factor,
+        )
         dispatcher = Dispatcher(
             registry=registry,
             links=links,
             books=books,
             observer=metrics,
             clock=time.monotonic,
-            queue_timeout_seconds=settings.queue_timeout_seconds,
+            admission=admission,
+            patience=Patience(
+                gap_seconds=settings.stall_gap_seconds,
+                gap_factor=settings.stall_gap_factor,
+                first_token_seconds=settings.stall_first_token_seconds,
+                first_token_factor=settings.stall_first_token_factor,
+            ),
         )
         shared = SharedAnswers(
             idempotency,

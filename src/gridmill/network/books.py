@@ -207,9 +207,12 @@ class Books:
         self._live[order.work_id] = order
         self._flush_soon()
 
+    def can_promise(self, amount: int) -> bool:
+        return amount <= self._reserve_nanocredits
+
     def promise(self, order: Order, amount: int) -> bool:
         """Whether the failover reserve adds so much to what this order's next node earns. It never goes below zero."""
-        if amount > self._reserve_nanocredits:
+        if not self.can_promise(amount):
             return False
         self._reserve_nanocredits -= amount
         order.promised_nanocredits += amount
@@ -244,8 +247,8 @@ class Books:
         parts = order.all_parts(used, finish, commit_root, claim, self._wall_ms()) if _anything(used) else []
         if not parts and order.journalled:
             parts = [_nothing(order, finish, self._wall_ms())]
-        assert order.terms is not None, "a work that no node served is released"
-        costs = costs_of(order.terms, parts)
+        assert order.last_server is not None, "a work that no node served is released"
+        costs = costs_of(order.terms or order.last_server.row, parts)
         total = sum([cost.total for cost in costs])
         assert total <= order.amount, "a work used more than was held for it"
         if parts:

@@ -21,7 +21,7 @@ from typing import Any
 
 import msgspec
 
-from gridmill.network.dispatch import Outcome
+from gridmill.network.journey import Outcome
 from gridmill.network.store import Store, StoreUnusable, Transaction
 from gridmill.wire.messages import Emission
 from gridmill.wire.sampling import TokenLogprob, unpack_ids

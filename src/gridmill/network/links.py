@@ -51,9 +51,13 @@ log = logging.getLogger("gridmill.network.links")
 
 STREAM_CREDIT_IDS = 256  # what one slow reader can make a node run ahead; a second or two of fast decoding
 CREDIT_GRANT_IDS_MIN = 64  # granting in quarters keeps Credit frames rare without ever starving a stream
+GAP_MEMORY = 0.2  # weight of the newest gap between the pieces of a stream
+PAUSES_MAX = 4  # in a row: a node that says nothing else is as good as silent
+STOOD_STILL_SECONDS = 0.5  # a timer that is this late says something about this program, not about a node
 FETCH_TIMEOUT_SECONDS = 120.0  # 64 MiB at 5 Mbit/s; slower nodes try again at their next join
 OFFERS_PER_NODE_MAX = 64
 OFFERS_PAUSE_SECONDS = 1.0  # each change of a price is a row for ever, so a node gets one look a second
+DATABASE_PAUSE_SECONDS = 2.0  # before offers are looked at again that the database kept from being served
 OFFERS_AT_ONCE = 8  # of which so many may come together: models that load one after the other
 
 
@@ -84,6 +88,14 @@ class LinkLost(Exception):
 class NodeSilent(Exception):
     """Nothing came from a node for as long as it was given."""
 
+    def __init__(self, seconds: float) -> None:
+        super().__init__(seconds)
+        self.seconds = seconds
+
+
+class NodeLeaves(Exception):
+    """The node drains: whoever reads this stream may look for another. All that it sent before has been taken."""
+
 
 class NodeStream:
     """One Work on one node. The link's reader pushes, one task waits; what is pushed is bounded by the credit given."""
@@ -96,8 +108,16 @@ class NodeStream:
         self._emissions: list[Emission] = []
         self._loop = asyncio.get_running_loop()
         self._wake: asyncio.Future[None] | None = None
+        self._patience_seconds = 0.0
         self._deadline = 0.0
         self._timer: asyncio.TimerHandle | None = None
+        self.gap_seconds = 0.0  # the usual time between two pieces of this stream
+        self.pause_patience_seconds = 0.0  # how long after an announced pause
+        self._pauses_left = PAUSES_MAX  # until it sends something again
+        self._paused = False
+        self._pushed_at = 0.0
+        self._nudged = False
+        self._nudge_timer: asyncio.TimerHandle | None = None
         self._on_end = on_end
         self._ended = False
         self._over: Callable[[], None] | None = None
@@ -120,20 +140,40 @@ class NodeStream:
     async def take(self, patience_seconds: float) -> list[Emission]:
         """All emissions since the last call; empty only when the node has nothing more to say.
 
-        Raises LinkLost, or NodeSilent when nothing comes for that long.
+        Raises LinkLost, NodeSilent when nothing comes for that long, or NodeLeaves once after each `nudge`.
         """
         while not self._emissions:
             if self.end is not None:
                 return []
             if self.lost is not None:
                 raise LinkLost(self.lost)
-            await self._roused_within(patience_seconds)
+            if self._nudged:
+                self._nudged = False
+                raise NodeLeaves
+            await self._roused_within(max(patience_seconds, self.pause_patience_seconds if self._paused else 0.0))
         taken, self._emissions = self._emissions, []
         return taken
+
+    def nudge(self) -> None:
+        """Makes `take` raise NodeLeaves when it has nothing else to give."""
+        self._nudged = True
+        self._rouse()
+
+    def nudge_later(self, seconds: float) -> None:
+        if not self._ended:
+            self._nudge_timer = self._loop.call_later(seconds, self.nudge)
+
+    def pause(self) -> None:
+        """The node says that this work lost its place for a while. Not often: it must send something in between."""
+        if self._pauses_left:
+            self._pauses_left -= 1
+            self._paused = True
+            self._rouse()  # whoever waits goes on to wait, for longer
 
     async def _roused_within(self, seconds: float) -> None:
         """One timer for all waits of a stream, moved on only when it fires: there is a wait for each engine step."""
         self._wake = self._loop.create_future()
+        self._patience_seconds = seconds
         self._deadline = self._loop.time() + seconds
         if self._timer is None:
             self._timer = self._loop.call_later(seconds, self._time_passed)
@@ -147,13 +187,26 @@ class NodeStream:
         if self._ended or self._wake is None or self._wake.done():
             return  # nobody waits; the next wait sets the timer
         seconds_left = self._deadline - self._loop.time()
+        if seconds_left < -STOOD_STILL_SECONDS:
+            # The timer itself came late: this program stood still, and what the node sent may wait to be read.
+            seconds_left = self._patience_seconds
+            self._deadline = self._loop.time() + seconds_left
         if seconds_left > 0:
             self._timer = self._loop.call_later(seconds_left, self._time_passed)
         else:
-            self._wake.set_exception(NodeSilent())
+            self._wake.set_exception(NodeSilent(self._patience_seconds))
 
     def push(self, emission: Emission) -> None:
         self._emissions.append(emission)
+        now = self._loop.time()
+        if self._pushed_at:
+            # A gap that a slow reader made is no news of the node: no more of it counts than a node would be given.
+            gap = min(now - self._pushed_at, self._patience_seconds)
+            self.gap_seconds += GAP_MEMORY * (gap - self.gap_seconds)
+        self._pushed_at = now
+        if self._paused:
+            self._paused = False
+            self._pauses_left = PAUSES_MAX
         wake = self._wake
         if wake is not None and not wake.done():
             wake.set_result(None)
@@ -179,9 +232,10 @@ class NodeStream:
     def _close(self) -> None:
         if not self._ended:
             self._ended = True
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
+            for timer in (self._timer, self._nudge_timer):
+                if timer is not None:
+                    timer.cancel()
+            self._timer = self._nudge_timer = None
             self._on_end()
             if self._over is not None:
                 self._over()
@@ -310,8 +364,11 @@ class NodeLink:
 
     def handle(self, event: object) -> None:
         match event:
-            case Arrived(message=Step(emissions=emissions, ends=ends)):
+            case Arrived(message=Step(emissions=emissions, ends=ends, paused=paused)):
                 streams = self._streams
+                for number in paused:
+                    if number in streams:
+                        streams[number].pause()
                 for emission in emissions:
                     stream = streams.get(emission.stream)
                     if stream is not None:
@@ -338,6 +395,8 @@ class NodeLink:
                 if self.record is not None:
                     self._links.registry.drain(self.record)
                     log.info("node drains", extra={"node": self.record.node_id})
+                    for stream in tuple(self._streams.values()):
+                        stream.nudge()
             case Arrived(message=Countersigned() as said):
                 if self.record is not None and self._links.find(self.record.node_id) is self:
                     self._links.receipts.countersigned(self.record.node_id, said)
@@ -508,12 +567,15 @@ class Links:
                     await asyncio.sleep(early)
                     continue  # with whatever the node said last
                 node_link.offers_due = max(now, node_link.offers_due) + OFFERS_PAUSE_SECONDS
-                await self._learn_and_serve(node_link, wanted)
-                done = wanted
+                if await self._learn_and_serve(node_link, wanted):
+                    done = wanted
+                else:
+                    await asyncio.sleep(DATABASE_PAUSE_SECONDS)
         finally:
             self._considering.discard(node_link)
 
-    async def _learn_and_serve(self, node_link: NodeLink, wanted: _Wanted) -> None:
+    async def _learn_and_serve(self, node_link: NodeLink, wanted: _Wanted) -> bool:
+        """False when the database did not answer, and it is to be tried again."""
         record = node_link.record
         assert record is not None
         served: list[ClassOffer] = []
@@ -537,8 +599,14 @@ class Links:
                 if self.registry.may_name(record.node_id):
                     await self.registry.approve(offer.name, class_id, by=record.node_id)
             except LinkLost:
-                return
-            except (ValueError, RecursionError, TextError, OSError, StoreUnusable) as problem:
+                return True
+            except StoreUnusable as problem:
+                log.warning(
+                    "an offer waits for the database",
+                    extra={"node": record.node_id, "offer": offer.name, "reason": str(problem)[:300]},
+                )
+                return False
+            except (ValueError, RecursionError, TextError, OSError) as problem:
                 # The node's files, or our own disk: either way this offer alone is not served, and the log says why.
                 log.warning(
                     "an offer cannot be served",
@@ -549,11 +617,12 @@ class Links:
             served.append(offer)
             listings.append(Listing(offer.name, offer.model_class.class_id, True))
         if self._latest_offers.get(node_link) is not wanted:
-            return  # The node said something newer, or left, while its files were on the way.
+            return True  # The node said something newer, or left, while its files were on the way.
         self.registry.hold_back(record, held_back)
         self.registry.offer(record, served, prices)
         node_link.conversation.send(Listed(tuple(listings)))
         log.info("node serves", extra={"node": record.node_id, "models": [offer.name for offer in served]})
+        return True
 
     async def _learn(self, node_link: NodeLink, offer: ClassOffer) -> None:
         class_id = offer.model_class.class_id

@@ -51,6 +51,7 @@ class Order:
         "count",
         "deferred",
         "epoch",
+        "explains",
         "flexible",
         "forgiven",
         "hold_epoch",
@@ -70,6 +71,7 @@ class Order:
         "promised_nanocredits",
         "prompt_hash",
         "purse",
+        "replay_paid",
         "replayed_tokens",
         "salt",
         "scores",
@@ -107,6 +109,7 @@ class Order:
         self.max_price: Price | None = None  # the caller's: a dearer node is not asked
         self.max_wait_seconds: float | None = None  # the caller's: a longer wait for a place is not wanted
         self.account_weight = 1
+        self.explains = False  # the caller asks why its nodes were chosen
         self.flexible = False  # of the tier that waits, and is sent away first
         self.count = 0
         # Who serves now, and what came before.
@@ -118,6 +121,7 @@ class Order:
         self.parts: list[Part] = []
         self.input_paid = False  # an earlier part has read the prompt for the user's money
         self.replayed_tokens = 0  # promised to the node that serves now
+        self.replay_paid = False  # the reserve pays for reading again once for each work
         self.promised_nanocredits = 0  # of the failover reserve, for all parts
         self._part_first = 0
         # The journal.
@@ -143,6 +147,11 @@ class Order:
         """These ids were handed to the caller. Cheap: they are hashed when somebody asks."""
         self._ids.extend(ids)
         self.count += len(ids)
+
+    def cut(self, keep: int) -> None:
+        """Only the first `keep` ids count: what came after them in the same moment was given to nobody."""
+        del self._ids[keep:]
+        self.count = len(self._ids)
 
     def ids(self) -> list[int]:
         """All that was delivered in this run; not to be changed."""
@@ -184,6 +193,8 @@ class Order:
         assert server is not None
         if self.part_count:
             self.parts.append(self._part(server, self.part_count, "lost" if forfeits else "moved", now_ms, forfeits))
+        elif not self.parts:
+            self.terms = None  # nobody was given anything: the next node begins afresh, at its own price
         self.epoch += 1
         self.server = None
         self._part_first = self.count

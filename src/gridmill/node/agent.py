@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from gridmill.node.engines.base import Artifact, Engine, Event, Failed, Finished, Log, Refused, Tokens
+from gridmill.node.engines.base import Artifact, Engine, Event, Failed, Finished, Log, Paused, Refused, Tokens
 from gridmill.node.outbox import Ended, Outbox
 from gridmill.wire import receipts as rules
 from gridmill.wire.codec import CHUNK_BYTES_MAX
@@ -110,6 +110,7 @@ class Agent:
         self._works: dict[int, _Work] = {}
         self._emissions: dict[int, Emission] = {}
         self._ends: list[End] = []
+        self._paused: set[int] = set()
         self._step_bytes = 0
         self._flush_due = False
         self._turns_to_wait = 0
@@ -170,6 +171,7 @@ class Agent:
         self._draining = True
         self._emissions.clear()
         self._ends.clear()
+        self._paused.clear()
         for work in self._works.values():
             work.task.cancel()
 
@@ -293,6 +295,10 @@ class Agent:
                         await self._take(work, ids, logprobs)
                 case Finished() | Failed() | Refused():
                     work.end = event
+                case Paused():
+                    if work.answered:  # before the Accept nobody counts the seconds between ids
+                        self._paused.add(work.offer.stream)
+                        self._flush_soon()
                 case Log(line=line):
                     log.info("work %s: %s", work.offer.work.work_id, line)
                 case Artifact():
@@ -359,6 +365,7 @@ class Agent:
         """The task is over, in whatever way: the engine holds nothing of it any more."""
         self._answer(work)
         self._works.pop(work.offer.stream, None)
+        self._paused.discard(work.offer.stream)
         claim = b""
         if self._outbox is not None and work.answered and not work.refused:
             claim = self._claim(self._outbox, work)  # also when the link is gone: the network pays what reached it
@@ -393,15 +400,16 @@ class Agent:
     def _flush(self) -> None:
         self._flush_due = False
         self._step_bytes = 0
-        if not self._open or not (self._emissions or self._ends):
+        if not self._open or not (self._emissions or self._ends or self._paused):
             return
         for stream in self._emissions:
             work = self._works.get(stream)
             if work is not None and not work.answered:
                 self._answer(work)  # an Accept must not come after the first ids, however the loop orders its turns
-        step = Step(tuple(self._emissions.values()), tuple(self._ends))
+        step = Step(tuple(self._emissions.values()), tuple(self._ends), tuple(self._paused))
         self._emissions.clear()
         self._ends.clear()
+        self._paused.clear()
         self._send(step)
         if not self._turns_to_wait:
             asyncio.get_running_loop().call_soon(self._turn_passed)

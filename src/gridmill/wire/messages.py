@@ -240,7 +240,7 @@ class Leaf(msgspec.Struct, frozen=True, array_like=True):
 
     `start` is the output position of the segment's first id; `output_tokens` counts this segment's ids alone, delivered
     ones. `cached_tokens` is part of `input_tokens`. `pay_nanocredits` is what the node earns, `charge_nanocredits` what
-    the user pays for this segment, the network's fee included. `finish`: stop, length, cancelled, failed, lost or moved.
+    the user pays for this segment, the network's fee included. `finish`: stop, length, cancelled, failed, lost, moved.
     `prompt_hash` covers the prompt alone in every segment, `output_hash` the ids that `output_tokens` counts. `claim`
     is the signature of the node's End, as it came; empty when there was none. `replayed_tokens` are ids that this node
     had to read again because another had left; the network's reserve pays them at the price of input.

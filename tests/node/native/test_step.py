@@ -27,6 +27,7 @@ class Bench:
         self.works: dict[Session, Generate] = {}
         self.ids: dict[Session, list[int]] = {}
         self.ends: dict[Session, Finished | Failed] = {}
+        self.paused = 0
 
     def join(self, generate: Generate) -> Session:
         prompt, delivered = unpack_ids(generate.prompt), unpack_ids(generate.delivered)
@@ -48,7 +49,9 @@ class Bench:
         made: list[Made] = []
         for _ in range(count):
             made = self.stepper.step()
-            for session, token_id, _, end in made:
+            for session, token_id, _, end, paused in made:
+                assert not (paused and (token_id is not None or end is not None)), "a pause is a word of its own"
+                self.paused += paused
                 assert session not in self.ends, "something came after the end"
                 if token_id is not None:
                     self.ids[session].append(token_id)
@@ -150,7 +153,7 @@ def test_a_pool_too_small_for_all_preempts_and_the_ids_stay_the_same() -> None:
         bench.join(work(number, prompt=[number] * 6, max_tokens=50))
     bench.finish()
     bench.assert_all_as_alone()
-    assert bench.stepper.preemptions > 4
+    assert bench.stepper.preemptions > 4 and bench.paused == bench.stepper.preemptions
 
 
 def test_the_oldest_session_is_never_preempted_by_others_that_run() -> None:

@@ -14,7 +14,8 @@ from typing import Any
 import msgspec
 
 from gridmill.network.books import Books, Order, Unavailable
-from gridmill.network.dispatch import Dispatcher, Enough, NodeFault, NoRoom, Outcome
+from gridmill.network.dispatch import Dispatcher
+from gridmill.network.faults import Enough, NodeFault, NoRoom
 from gridmill.network.gateway.asgi import ApiError
 from gridmill.network.gateway.exchange import Exchange
 from gridmill.network.gateway.rendering import Choice, Format
@@ -33,6 +34,7 @@ from gridmill.network.idempotency import (
     Whole,
     pack_scores,
 )
+from gridmill.network.journey import Outcome
 from gridmill.network.store import StoreUnusable
 from gridmill.wire.messages import Emission, Generate
 

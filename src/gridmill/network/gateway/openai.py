@@ -23,7 +23,8 @@ from gridmill.network.accounts import Account, Accounts
 from gridmill.network.books import Books, Insufficient, Order, Unavailable
 from gridmill.network.credits import show_credits
 from gridmill.network.detokenise import ClassText
-from gridmill.network.dispatch import CallerFault, Dispatcher, Enough, NodeFault, NoRoom
+from gridmill.network.dispatch import Dispatcher
+from gridmill.network.faults import CallerFault, Enough, NodeFault, NoRoom
 from gridmill.network.gateway.asgi import (
     ApiError,
     Client,

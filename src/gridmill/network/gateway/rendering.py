@@ -16,20 +16,20 @@ from typing import Any
 import msgspec
 
 from gridmill.network.detokenise import ClassText, TextStream
-from gridmill.network.dispatch import NodeFault, Outcome
+from gridmill.network.faults import NodeFault
 from gridmill.network.gateway.requests import (
     ChatRequest,
     CompletionRequest,
     parse_chat,
     parse_completion,
 )
+from gridmill.network.journey import Outcome
 from gridmill.network.registry import ModelCard
 from gridmill.network.text import TextService
 from gridmill.wire.messages import Emission
 from gridmill.wire.sampling import TokenLogprob
 
 FINGERPRINT_CHARACTERS = 16  # of the class id; more than the eight that NAME@CLASS8 takes
-LOGPROB_ROUNDING_MAX = 1e-3  # above zero: 16-bit arithmetic gets there, a probability does not
 LOGPROB_OF_IMPOSSIBLE = -9999.0  # JSON has no infinity; OpenAI's own stand-in
 
 _encode = msgspec.json.Encoder().encode
@@ -294,7 +294,6 @@ class ScoredChoice(Choice):
         super().__init__(form, index, stop=stop, hidden=hidden)
         self._plain = TextStream(form.text, stop=(), hidden_ids=hidden)
         self._hidden = hidden
-        self._vocabulary_size = len(form.text.texts)
         self._begun_characters = 0
         self._shown_characters = 0
         self._waiting: deque[Scored] = deque()
@@ -305,7 +304,6 @@ class ScoredChoice(Choice):
             if emission.logprobs is None or len(emission.logprobs) != len(emission.ids):
                 raise NodeFault("logprobs_missing", "the node did not send the log probabilities that were asked for")
             for token_id, logprob in zip(emission.ids, emission.logprobs, strict=True):
-                self._check(logprob)
                 self.tokens += 1
                 if token_id not in self._hidden:
                     self._waiting.append(Scored(token_id, self._begun_characters, logprob))
@@ -317,16 +315,6 @@ class ScoredChoice(Choice):
                     self.complete = True
                     return pieces
         return pieces
-
-    def _check(self, entry: TokenLogprob) -> None:
-        """ValueError for what no node can have computed, here where it is still the node's fault."""
-        if entry.logprob > LOGPROB_ROUNDING_MAX:
-            raise ValueError(f"a log probability of {entry.logprob:g} is above 0")
-        for token_id, logprob in entry.top:
-            if token_id >= self._vocabulary_size:
-                raise ValueError(f"top id {token_id} is outside the vocabulary of {self._vocabulary_size}")
-            if logprob > LOGPROB_ROUNDING_MAX:
-                raise ValueError(f"a log probability of {logprob:g} is above 0")
 
     def events(self, pieces: list[Piece]) -> bytes:
         return b"".join([self._form.scored_event(self.index, text, entries) for text, entries in pieces])

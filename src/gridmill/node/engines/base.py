@@ -37,6 +37,10 @@ class Artifact(msgspec.Struct, frozen=True):
     size_bytes: int
 
 
+class Paused(msgspec.Struct, frozen=True):
+    """This work lost its place to others and goes on later: its next id may take as long as a first one does."""
+
+
 class Finished(msgspec.Struct, frozen=True):
     """`stop`: an end-of-sequence or stop id was produced; `length`: `max_tokens` or the context was reached."""
 
@@ -59,7 +63,7 @@ class Refused(msgspec.Struct, frozen=True):
     detail: str
 
 
-Event = Tokens | Log | Artifact | Finished | Failed | Refused
+Event = Tokens | Paused | Log | Artifact | Finished | Failed | Refused
 Emit = Callable[[Event], Awaitable[None]]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from gridmill.node.engines.base import Artifact, Engine, Event, Failed, Finished, Log, Refused, Tokens
+from gridmill.node.engines.base import Artifact, Engine, Event, Failed, Finished, Log, Paused, Refused, Tokens
 from gridmill.wire.messages import Generate
 from gridmill.wire.sampling import Sampling, pack_ids, unpack_ids
 
@@ -201,7 +201,7 @@ def _work(
 
 
 async def _heard(engine: Engine, work: Generate) -> list[Event]:
-    """All events of one run, after checking their grammar: any Tokens, Log, Artifact, then exactly one end."""
+    """All events of one run, after checking their grammar: any Tokens, Paused, Log, Artifact, then exactly one end."""
     events: list[Event] = []
 
     async def emit(event: Event) -> None:
@@ -211,7 +211,7 @@ async def _heard(engine: Engine, work: Generate) -> list[Event]:
     assert events, "run returned without any event"
     assert isinstance(events[-1], Finished | Failed | Refused), f"the last event must be an end, not {events[-1]}"
     for event in events[:-1]:
-        assert isinstance(event, Tokens | Log | Artifact), f"{event} came before the end"
+        assert isinstance(event, Tokens | Paused | Log | Artifact), f"{event} came before the end"
         assert not isinstance(event, Tokens) or event.ids, "a Tokens event must hold at least one id"
     assert not isinstance(events[-1], Refused) or len(events) == 1, "a refused work must do nothing before"
     return events

@@ -23,7 +23,7 @@ import psutil
 import torch
 
 from gridmill.node.engines.admission import already_ended, output_limit, refusal
-from gridmill.node.engines.base import Emit, Failed, Finished, Refused, Served, Tokens
+from gridmill.node.engines.base import Emit, Failed, Finished, Paused, Refused, Served, Tokens
 from gridmill.node.engines.native.families import Findings, admission_test
 from gridmill.node.engines.native.runner import Row, Runner
 from gridmill.node.engines.native.sampler import SamplingState
@@ -55,6 +55,7 @@ class _Stream:
     ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     end: Finished | Failed | None = None
+    paused: bool = False
     wake: asyncio.Future[None] | None = None
 
 
@@ -119,7 +120,7 @@ class NativeEngine:
         stream, session = admitted, admitted.session
         try:
             while True:
-                if not stream.ids and stream.end is None:
+                if not stream.ids and stream.end is None and not stream.paused:
                     stream.wake = self._loop.create_future()
                     await stream.wake
                 if stream.ids:
@@ -132,6 +133,9 @@ class NativeEngine:
                 elif stream.end is not None:
                     await emit(stream.end)
                     return
+                if stream.paused:  # after the ids that came before
+                    stream.paused = False
+                    await emit(Paused())
         finally:
             del self._streams[session]
             if stream.end is None:
@@ -219,10 +223,11 @@ class NativeEngine:
 
     def _deliver(self, batch: list[Made]) -> None:
         """On the event loop: hands what a step produced to the runs. Runs that were cancelled meanwhile are gone."""
-        for session, token_id, logprob, end in batch:
+        for session, token_id, logprob, end, paused in batch:
             stream = self._streams.get(session)
             if stream is None:
                 continue
+            stream.paused = stream.paused or paused
             if token_id is not None:
                 stream.ids.append(token_id)
                 if logprob is not None:
@@ -253,7 +258,7 @@ class NativeEngine:
             while self._take_inbox():
                 made = self._stepper.step()
                 if made:
-                    self._rate.add(sum(token_id is not None for _, token_id, _, _ in made))
+                    self._rate.add(sum(one.token_id is not None for one in made))
                     self._post(made)
         except BaseException as error:  # noqa: BLE001 - nobody waits for this thread: each run hears of it instead
             failure = Failed("engine_down", f"the engine stopped: {describe(error)}")

@@ -67,12 +67,13 @@ class Session:
 
 
 class Made(NamedTuple):
-    """What one step did for one session: an id, an end, or both."""
+    """What one step did for one session: an id, an end, or both; or it took its pages away (`paused`)."""
 
     session: Session
     token_id: int | None
     logprob: TokenLogprob | None
     end: Finished | Failed | None
+    paused: bool = False
 
 
 class EngineBroken(RuntimeError):
@@ -92,6 +93,7 @@ class Stepper:
         self._tokens_max: int | None = None  # set after memory ran out
         self._good_steps = 0
         self._stillborn: list[Made] = []
+        self._paused: list[Made] = []
 
     def join(self, session: Session) -> None:
         """Takes part from the next step on, as the youngest."""
@@ -126,7 +128,12 @@ class Stepper:
         grants = plan(pending, token_budget=self._token_budget, tokens_max=self._tokens_max, together=self._together)
         batch = self._secure(runnable, grants)
         assert batch, "the oldest session that can run must progress"
-        return self._compute(batch)
+        made = self._compute(batch)
+        if self._paused:
+            # After the ids of this very step: nobody is in both.
+            made = [*made, *self._paused]
+            self._paused = []
+        return made
 
     # ------------------------------------------------------------ who takes part
 
@@ -197,6 +204,7 @@ class Stepper:
         self.pages.close(victim.table)
         victim.table = None
         self.preemptions += 1
+        self._paused.append(Made(victim, None, None, None, paused=True))
         return True
 
     def _older_than(self, session: Session) -> list[Session]:
