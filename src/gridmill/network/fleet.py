@@ -89,6 +89,7 @@ class Member:
         "joined",
         "limit",
         "node_id",
+        "others",
         "output_price",
         "owner_id",
         "pace",
@@ -133,6 +134,7 @@ class Member:
         self.region = region
         self.tier = tier
         self.in_flight = in_flight
+        self.others = 0  # works that other gateways gave it, by the node's own word
         self.draining = draining
         self.round_trip_seconds = round_trip_seconds
         self.limit = slots

@@ -68,6 +68,7 @@ CREATE TABLE prices (
 
 SPEED_MEMORY = 0.2  # weight of the newest observation in the averages that money is worked out by
 STANDINGS_MAX = 1 << 16  # nodes and classes that are remembered after they left, about 2 KiB each
+OTHERS_BELIEVED_MAX = 4  # times its slots: what a node says of its load only costs it work, but not without end
 TIER_OWN = 2  # trust tiers: the operator's own nodes, those that came with an invitation, all others
 TIER_INVITED = 1
 NAME_CHARACTERS_MAX = 200
@@ -118,7 +119,7 @@ class NodeRecord:
         self.software = software
         self.joined_seconds = joined_seconds
         self.draining = False
-        self.telemetry = Telemetry()
+        self._telemetry = Telemetry()
         self._round_trip_seconds = 0.0
         self.offers: dict[ClassId, ClassOffer] = {}
         self.prices: dict[ClassId, PriceRow] = {}
@@ -128,6 +129,18 @@ class NodeRecord:
         self.in_flight: dict[ClassId, int] = {}
         self.decode_speed: dict[ClassId, float] = {}
         self.prefill_speed: dict[ClassId, float] = {}
+
+    @property
+    def telemetry(self) -> Telemetry:
+        return self._telemetry
+
+    @telemetry.setter
+    def telemetry(self, telemetry: Telemetry) -> None:
+        """What the node says of its load, less what this gateway knows of, others must have given it: a hint."""
+        self._telemetry = telemetry
+        others = max(0, telemetry.running + telemetry.waiting - sum(self.in_flight.values()))
+        for member in self.members.values():
+            member.others = min(others, OTHERS_BELIEVED_MAX * member.slots)
 
     @property
     def round_trip_seconds(self) -> float:
@@ -241,6 +254,11 @@ class Registry:
     def class_text(self, class_id: str) -> ClassText:
         """Raises KeyError while the class's tokenizer has not been fetched yet."""
         return self._texts[ClassId(class_id)]
+
+    def text_facts(self, class_id: ClassId) -> TextFacts | None:
+        """What is known of a class's vocabulary; None of a class that nobody ever offered."""
+        known = self._classes.get(class_id)
+        return known[1] if known is not None else None
 
     def has_text(self, class_id: str) -> bool:
         return class_id in self._texts

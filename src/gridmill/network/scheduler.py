@@ -125,12 +125,16 @@ class _Cost:
         self.member = member
         pace = member.pace
         self.cached = cached = min(member.sent.cached(text, now), max(0, request.read_tokens - 1))
-        self.wait = pace.wait_seconds(now)
+        output_tokens = min(request.output_tokens, roster.output_tokens)
+        gap = pace.token_seconds(min(member.in_flight + member.others, member.slots))
+        # The node says that others fill it: then a place is free when the next of all those works ends.
+        ahead = member.in_flight + member.others - member.slots + 1
+        queued = ahead * roster.output_tokens * gap / member.slots if member.others and ahead > 0 else 0.0
+        self.wait = max(pace.wait_seconds(now), queued)
         self.read = pace.read_seconds(request.read_tokens - cached)
         # What was measured was measured from here: the way is in it already.
         self.round_trip = 0.0 if pace.measured else member.round_trip_seconds
-        output_tokens = min(request.output_tokens, roster.output_tokens)
-        self.decode = DECODE_WEIGHT * output_tokens * pace.token_seconds(member.in_flight)
+        self.decode = DECODE_WEIGHT * output_tokens * gap
         self.price = 0.0
         if not member.price.free:
             spent = most(member.price, request.read_tokens - cached, int(output_tokens))
