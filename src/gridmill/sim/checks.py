@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from gridmill.network import ledger
-from gridmill.network.metering import PriceRow, Usage, charge
+from gridmill.network.metering import FeePolicy, PriceRow, Usage, charge
 from gridmill.network.store import Row, Transaction
 from gridmill.sim.callers import Call
 from gridmill.sim.clock import Program, VirtualLoop
@@ -249,7 +249,8 @@ def _bill(world: World, call: Call, paid: Paid, some_were_lost: bool) -> list[st
         if paid.tokens < due:
             problems.append(f"{name} was billed {paid.tokens} of {due} ids that had long been delivered at the kill")
     if paid.leaves and call.node_ids and not given_away:
-        terms = world.price_of(call.node_ids[0])
+        # The user pays by the price of the first node that gave it anything.
+        terms = PriceRow("", paid.leaves[0].price, FeePolicy())
         most = _cost(terms, len(call.work.prompt) // 4, 0, paid.tokens)
         if paid.charged > most:
             problems.append(f"{name} was charged {paid.charged}, its {paid.tokens} ids cost at most {most}")

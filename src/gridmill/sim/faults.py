@@ -127,9 +127,10 @@ class Fault(msgspec.Struct, frozen=True):
                 await world.start_network()
             case "network_stop":
                 network.stop(drain_seconds=(0.0, 1.0, 5.0)[self.choice % 3])
-                await network.stopped.wait()
+                await network.over.wait()
                 await asyncio.sleep(min(seconds, 5.0))
-                await world.start_network()
+                if world.network is network and network.stopped.is_set():
+                    await world.start_network()
             case "network_hang":
                 world.network_hung = True
                 network.program.stop()

@@ -10,11 +10,14 @@ import contextlib
 import math
 from pathlib import Path
 from random import Random
-from typing import Any, Protocol
+from typing import Any
 
 from gridmill.network.accounts import Accounts
+from gridmill.network.admission import Admission
 from gridmill.network.books import Books, Insufficient, Unavailable
-from gridmill.network.dispatch import CallerFault, Dispatcher, Enough, NodeFault, NoRoom
+from gridmill.network.dispatch import Dispatcher
+from gridmill.network.faults import CallerFault, Enough, NodeFault, NoRoom
+from gridmill.network.journey import Patience
 from gridmill.network.links import Links
 from gridmill.network.metering import FeePolicy, most
 from gridmill.network.receipts import Desk
@@ -34,12 +37,15 @@ from gridmill.wire.transport import Conversation
 HOLDER = GatewayId("gateway-1")
 
 
-class Observer(Protocol):
-    """`dispatch.Observer`, and what a simulation wants to see besides."""
+class Silent:
+    """An observer that does not look."""
 
     def first_token(self, seconds: float) -> None: ...
     def tokens_delivered(self, count: int) -> None: ...
+    def moved(self, code: str) -> None: ...
     def queue_length(self, count: int) -> None: ...
+    def admission_waited(self, seconds: float) -> None: ...
+    def admission_refused(self, reason: str) -> None: ...
 
 
 class Parts:
@@ -61,13 +67,11 @@ class Network:
         loop: VirtualLoop,
         disk: Disk,
         random: Random,
-        observer: Observer,
         *,
         name: str = "network",
         key_seed: bytes = bytes(32),
         heartbeat_seconds: float = 5.0,
         receipts: bool = True,
-        options: dict[str, Any] | None = None,
     ) -> None:
         self.program = Program(loop, name)
         self.identity = Identity(key_seed)
@@ -75,6 +79,7 @@ class Network:
         self.parts = Parts()
         self.ready = asyncio.Event()
         self.stopped = asyncio.Event()
+        self.over = asyncio.Event()  # stopped or killed
         self.lines: list[End] = []
         self.calls: set[Call] = set()
         self.wall_ahead_seconds = 0.0
@@ -82,9 +87,7 @@ class Network:
         self.leaving = False
         self._loop = loop
         self._random = random
-        self._observer = observer
         self._receipts = receipts
-        self._options = options or {}
         self._stop = asyncio.Event()
         self._drain_seconds = 5.0
         self._side = NetworkSide(self.identity, frozenset({HOST}), "simulated network", heartbeat_seconds)
@@ -101,6 +104,7 @@ class Network:
     def kill(self) -> None:
         """kill -9: the machine closes its sockets, and callers see their connections end."""
         self.killed_at = self._loop.time()
+        self.over.set()
         self.program.kill()
         for end in self.lines:
             end.hang_up()
@@ -192,7 +196,9 @@ class Network:
     async def _live(self) -> None:
         loop, store, parts = self._loop, self.store, self.parts
         accounts = parts.accounts = Accounts(store, now=self.wall, entropy=self._random.randbytes)
-        registry = parts.registry = Registry(store, approve="open", fees=FeePolicy(), now=self.wall)
+        registry = parts.registry = Registry(
+            store, approve="open", fees=FeePolicy(), now=self.wall, clock=loop.time, random=self._random
+        )
         books = parts.books = Books(
             store,
             holder=HOLDER,
@@ -221,13 +227,15 @@ class Network:
                 links.receipts = desk
                 books.send_receipts = desk.send
                 store.listen(desk.heard)
+            silent = Silent()
             parts.dispatcher = Dispatcher(
                 registry=registry,
                 links=links,
                 books=books,
-                observer=self._observer,
+                observer=silent,
                 clock=loop.time,
-                **self._options,
+                admission=Admission(fleet=registry, clock=loop.time, observer=silent),
+                patience=Patience(),
             )
             loops = [
                 tasks.create_task(body, name=name)
@@ -261,6 +269,7 @@ class Network:
             for each in loops:
                 each.cancel()
         self.stopped.set()
+        self.over.set()
 
 
 class _NoText:

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 from random import Random
-from typing import Any
 
 from gridmill.network import ledger
-from gridmill.network.metering import FeePolicy, PriceRow
 from gridmill.network.operator import MIGRATIONS
 from gridmill.network.settlement import Payer
 from gridmill.sim.cables import Line
 from gridmill.sim.callers import Call
 from gridmill.sim.clock import Program, VirtualLoop
 from gridmill.sim.disk import Disk
-from gridmill.sim.network import Network, Observer
+from gridmill.sim.network import Network
 from gridmill.sim.nodes import Build, SimNode
 from gridmill.wire.identity import Identity
-
-
-class Silent:
-    """An observer that does not look."""
-
-    def first_token(self, seconds: float) -> None: ...
-    def tokens_delivered(self, count: int) -> None: ...
-    def queue_length(self, count: int) -> None: ...
 
 
 class World:
@@ -36,13 +26,10 @@ class World:
         *,
         heartbeat_seconds: float = 5.0,
         receipts: bool = True,
-        observer: Observer | None = None,
-        dispatch_options: dict[str, Any] | None = None,
     ) -> None:
         self.loop = loop
         self.seed = seed
         self.random = Random(f"{seed}/world")
-        self.observer = observer or Silent()
         self.nodes: list[SimNode] = []
         self.calls: list[Call] = []
         self.networks: list[Network] = []
@@ -52,7 +39,6 @@ class World:
         self.partitioned: dict[SimNode, tuple[bool, bool]] = {}
         self._heartbeat_seconds = heartbeat_seconds
         self._receipts = receipts
-        self._dispatch_options = dispatch_options
         self._key_seed = Random(f"{seed}/network key").randbytes(32)
         self.disk = Disk(MIGRATIONS, lambda: self.network.wall())
 
@@ -69,12 +55,10 @@ class World:
             self.loop,
             self.disk,
             Random(f"{self.seed}/network/{number}"),
-            self.observer,
             name=f"network-{number}",
             key_seed=self._key_seed,
             heartbeat_seconds=self._heartbeat_seconds,
             receipts=self._receipts,
-            options=self._dispatch_options,
         )
         if self.networks:
             network.wall_ahead_seconds = self.network.wall_ahead_seconds
@@ -93,11 +77,6 @@ class World:
         node = SimNode(build, self.loop, self.seed, self, owner)
         self.nodes.append(node)
         return node
-
-    def price_of(self, node_id: str) -> PriceRow:
-        """What a node asks, with the fee of the simulated networks."""
-        price = next(node.build.price for node in self.nodes if node.node_id == node_id)
-        return PriceRow("", price, FeePolicy())
 
     def connect(self, node: SimNode) -> Line | None:
         if not self.networks or not self.network.listening:
