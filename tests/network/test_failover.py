@@ -340,6 +340,45 @@ def test_a_caller_who_leaves_after_a_move_pays_what_both_delivered(tmp_path: Pat
     moved(tmp_path, honest(4), body, patience=Patience(first_token_seconds=5.0))
 
 
+def test_a_caller_of_a_whole_answer_who_leaves_after_a_move_pays_the_prompt_alone(tmp_path: Path) -> None:
+    async def body(world: World, till: Till, move: Move) -> None:
+        move.nodes[1] = ScriptedNode(honest(3, "stall"), slots=4, price=PRICE)
+        serving = asyncio.create_task(move.run(work(), 4, shown=False))
+        while len(move.reader.ids) < 7:
+            await asyncio.sleep(0)
+        serving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await serving
+        while world.books._live:
+            await asyncio.sleep(0.01)
+        assert await till.charged() == cost(INPUT, 0)
+
+    moved(tmp_path, honest(4), body, patience=Patience(first_token_seconds=5.0))
+
+
+def test_a_caller_who_leaves_while_the_last_word_is_awaited_pays_for_the_answer_and_no_more(tmp_path: Path) -> None:
+    async def body(world: World, till: Till, move: Move) -> None:
+        reached = asyncio.Event()
+
+        async def emit(emissions: list[Emission]) -> None:
+            reached.set()
+            raise Enough(keep=2)
+
+        wanted = work()
+        serving = asyncio.create_task(world.dispatcher.serve(wanted, await till.order(wanted), emit))
+        await reached.wait()
+        await asyncio.sleep(0.02)
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+        assert await till.charged() == cost(INPUT, 2)
+
+    async def script(node: ScriptedNode, offer: Offer) -> None:
+        node.send(Accept(offer.stream))
+        node.say(offer.stream, 0, 11, 12, 13, 14, 15)
+
+    moved(tmp_path, script, body)
+
+
 def test_a_reader_who_pauses_moves_nothing(tmp_path: Path) -> None:
     """The clock of a stall runs only while the node owes something."""
 

@@ -186,7 +186,8 @@ class Dispatcher:
                 if node_link is not None:
                     self._registry.decided(request, found)
                     ticket.took()
-                    journey.why = found.why
+                    if journey.order.whys is not None and found.why is not None:
+                        journey.order.whys.append(found.why)
                     return node_link
                 journey.exclude(found.node_id)  # It left in this very moment.
             if self._stopping or (found.reason == "no_node" and not waits_for_a_node):
@@ -238,7 +239,7 @@ class Dispatcher:
             affordable_nanocredits=None if fixed else order.amount,
             max_price=None if fixed else order.max_price,
             excluded=journey.excluded(),
-            explain=order.explains,
+            explain=order.whys is not None,
             avoid_owners=frozenset(journey.left_owners),
         )
 

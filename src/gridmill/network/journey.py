@@ -22,7 +22,6 @@ from gridmill.network.faults import Enough, NodeFault
 from gridmill.network.links import LinkLost, NodeLeaves, NodeLink, NodeSilent, NodeStream
 from gridmill.network.metering import FREE, PriceRow, Usage, subsidy_most
 from gridmill.network.registry import NodeRecord, Registry
-from gridmill.network.scheduler import Why
 from gridmill.network.settlement import Finish, Server
 from gridmill.wire.classes import ClassId, TextFacts
 from gridmill.wire.messages import Emission, End, Generate, NodeId, OwnerId, Refuse
@@ -113,7 +112,6 @@ class Journey:
         self._patience = patience
         self._served = served
         self._elsewhere = elsewhere
-        self.why: tuple[Why, ...] | None = None  # the latest placement's, when it was asked for
         # What an earlier run of the same answer delivered was charged then, its prompt with it: `input_tokens` of the
         # order are those that this run still has to pay.
         self._start = order.start = len(work.delivered) // 4

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from gridmill.network.metering import Charge, PriceRow, Usage
+from gridmill.network.scheduler import Why
 from gridmill.network.settlement import (
     Finish,
     Job,
@@ -51,7 +52,6 @@ class Order:
         "count",
         "deferred",
         "epoch",
-        "explains",
         "flexible",
         "forgiven",
         "hold_epoch",
@@ -81,6 +81,7 @@ class Order:
         "start",
         "started_ms",
         "terms",
+        "whys",
         "work_id",
     )
 
@@ -109,7 +110,7 @@ class Order:
         self.max_price: Price | None = None  # the caller's: a dearer node is not asked
         self.max_wait_seconds: float | None = None  # the caller's: a longer wait for a place is not wanted
         self.account_weight = 1
-        self.explains = False  # the caller asks why its nodes were chosen
+        self.whys: list[tuple[Why, ...]] | None = None  # filled when the caller asks why its nodes were chosen
         self.flexible = False  # of the tier that waits, and is sent away first
         self.count = 0
         # Who serves now, and what came before.
@@ -229,11 +230,13 @@ class Order:
 
     def all_parts(self, used: Usage, finish: Finish, commit_root: bytes, claim: bytes, now_ms: int) -> list[Part]:
         """The parts of a work that ends now, having used so much in all."""
+        # Who leaves before a whole answer is out was shown nothing of the earlier parts either.
+        parts = self.parts if used.output_tokens >= self._part_first else []
         server = self.server
         if server is None:
-            return self.parts
+            return parts
         count = max(0, used.output_tokens - self._part_first)
-        pays_input = used.input_tokens > 0 and not self.input_paid
+        pays_input = used.input_tokens > 0 and not any(part.used.input_tokens for part in parts)
         last = Part(
             epoch=self.epoch,
             start=self.start + self._part_first,
@@ -247,7 +250,7 @@ class Order:
             commit_root=commit_root,
             claim=claim,
         )
-        return [*self.parts, last]
+        return [*parts, last]
 
     def output_hash(self, keep: int) -> bytes:
         """Over the first `keep` ids of the part that is under way."""

@@ -337,3 +337,17 @@ def as_json(why: tuple[Why, ...] | None) -> list[dict[str, Any]]:
     """For the caller who asked, in words and numbers."""
     found: list[dict[str, Any]] = msgspec.to_builtins(why or ())
     return found
+
+
+def explained(why: tuple[Why, ...]) -> dict[str, Any]:
+    """One decision for the caller who asked: a sentence, and each candidate's numbers."""
+    chosen = next((one for one in why if one.outcome == "chosen"), None)
+    if chosen is None:
+        sentence = f"none of {len(why)} nodes could take it"
+    else:
+        first = chosen.wait_seconds + chosen.prefill_seconds + chosen.round_trip_seconds
+        sentence = (
+            f"{chosen.node_id} was chosen of {len(why)}: its first token is expected after {first:.3f} s, with "
+            f"{chosen.cached_tokens} tokens of the prompt cached and {chosen.in_flight} of {chosen.limit} places taken"
+        )
+    return {"decision": sentence, "candidates": as_json(why)}

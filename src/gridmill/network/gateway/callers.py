@@ -88,6 +88,11 @@ def our_fault(error: Exception) -> ApiError:
     return ApiError(500, "internal_error", "something went wrong on our side; the request id helps us to find it")
 
 
+def retry_after_exactly(seconds: float) -> Headers:
+    """For predictions: OpenAI's own clients read the milliseconds."""
+    return [retry_after(seconds), (b"retry-after-ms", str(max(1, math.ceil(seconds * 1000))).encode())]
+
+
 def retry_after(seconds: float) -> tuple[bytes, bytes]:
     return b"retry-after", str(max(1, math.ceil(seconds))).encode()
 

@@ -44,6 +44,7 @@ from gridmill.network.gateway.callers import (
     ended,
     our_fault,
     retry_after,
+    retry_after_exactly,
     within_rate,
 )
 from gridmill.network.gateway.exchange import Exchange
@@ -57,12 +58,19 @@ from gridmill.network.gateway.idempotent import (
     show,
 )
 from gridmill.network.gateway.rendering import ChatFormat, Choice, CompletionFormat, Format
-from gridmill.network.gateway.requests import ChatRequest, CompletionRequest, RequestError
+from gridmill.network.gateway.requests import (
+    MAX_WAIT_HEADER,
+    ChatRequest,
+    CompletionRequest,
+    RequestError,
+    parse_max_wait,
+)
 from gridmill.network.gateway.showing import Showing
 from gridmill.network.idempotency import KEY_CHARACTERS_MAX, Asked, KeyReused, Part, hash_of_body, hash_of_key
 from gridmill.network.limits import Limits
 from gridmill.network.metering import DEFAULT_MAX_TOKENS, PriceRow, cheapest, most, within
 from gridmill.network.registry import ModelCard, Registry, UnknownModel
+from gridmill.network.scheduler import explained
 from gridmill.network.settlement import Payer
 from gridmill.network.store import StoreUnusable
 from gridmill.network.text import TextError, TextService
@@ -75,6 +83,7 @@ log = logging.getLogger("gridmill.network.gateway")
 RETRY_AFTER_TEXT_SECONDS = 5
 CACHE_SALTS_REMEMBERED = 4096  # accounts that ask at about the same time; each takes 200 bytes
 RETRY_AFTER_RUNNING_SECONDS = 5
+WHY_HEADER = b"x-gridmill-why"
 
 _encode = msgspec.json.Encoder().encode
 
@@ -165,15 +174,16 @@ class OpenAIGateway:
             within_rate(self.limits, account, self.clock())
             body = await exchange.client.read_body(self.body_bytes, self.body_timeout_seconds)
             request = kind.parse(body)
+            wishes = _wishes(scope)
             exchange.model = request.model
             card = self.registry.resolve(request.model)
             exchange.class_id = card.class_id
             idempotency_key = header(scope, b"idempotency-key")
             if idempotency_key is not None:
                 body_hash = hash_of_body(scope["path"], body)
-                await self._answer_once(kind, request, card, account, idempotency_key, body_hash, exchange)
+                await self._answer_once(kind, request, card, account, wishes, idempotency_key, body_hash, exchange)
                 return
-            answer = await self._prepare(kind, request, card, account, exchange)
+            answer = await self._prepare(kind, request, card, account, wishes, exchange)
             await answer.run(self.dispatcher)
         except ClientGone as gone:
             exchange.status, exchange.code = CLIENT_LEFT_STATUS, f"client_{gone}"
@@ -193,10 +203,11 @@ class OpenAIGateway:
         request: ChatRequest | CompletionRequest,
         card: ModelCard,
         account: Account,
+        wishes: _Wishes,
         exchange: Exchange,
     ) -> _Answer:
         form = kind(exchange.request_id, int(self.wall_clock()), card, request, self._class_text(card))
-        exchange.prompt_tokens, planned = await self._plan(kind, request, card, account, exchange.request_id)
+        exchange.prompt_tokens, planned = await self._plan(kind, request, card, account, wishes, exchange.request_id)
         answer = _Answer(exchange, form, request)
         hidden = _hidden(request, card)
         for each in planned:
@@ -209,6 +220,7 @@ class OpenAIGateway:
         request: ChatRequest | CompletionRequest,
         card: ModelCard,
         account: Account,
+        wishes: _Wishes,
         request_id: str,
         parts: Sequence[Part] = (),
     ) -> tuple[int, list[_Planned]]:
@@ -248,6 +260,10 @@ class OpenAIGateway:
             order = self.books.order(payer, work_id, card.class_id, card.name, want.input_tokens, amount)
             order.max_price = request.max_price
             order.shown = request.stream  # else the caller has nothing until it has all
+            order.account_weight = account.weight
+            order.flexible = request.service_tier == "flex"
+            order.max_wait_seconds = wishes.max_wait_seconds
+            order.whys = [] if wishes.why else None
             if amount and account.cost_per_minute_nanocredits is not None:
                 order.charged = self._correct_rate(account)
             sampling = request.sampling(choice_seed(base, want.index), len(want.delivered) // 4 + max_tokens)
@@ -281,6 +297,7 @@ class OpenAIGateway:
         request: ChatRequest | CompletionRequest,
         card: ModelCard,
         account: Account,
+        wishes: _Wishes,
         key: bytes,
         body_hash: bytes,
         exchange: Exchange,
@@ -315,7 +332,7 @@ class OpenAIGateway:
 
         async def plan(found: Asked, parts: Sequence[Part]) -> Plan:
             its_card = self._card_of(found, card)
-            prompt_tokens, planned = await self._plan(kind, request, its_card, account, found.request_id, parts)
+            prompt_tokens, planned = await self._plan(kind, request, its_card, account, wishes, found.request_id, parts)
             return Plan(prompt_tokens, {each.index: (each.work, each.order) for each in planned})
 
         def explain(error: Exception) -> ApiError:
@@ -432,6 +449,18 @@ class OpenAIGateway:
 # ---------------------------------------------------------------- what is held for each work
 
 
+class _Wishes(msgspec.Struct, frozen=True):
+    """What a request's own headers ask for besides its body."""
+
+    why: bool
+    max_wait_seconds: float | None
+
+
+def _wishes(scope: Scope) -> _Wishes:
+    """Raises RequestError."""
+    return _Wishes(header(scope, WHY_HEADER) == b"1", parse_max_wait(header(scope, MAX_WAIT_HEADER)))
+
+
 class _Wanted(msgspec.Struct, frozen=True):
     """One work before it is known what can be held for it. `input_tokens` and `max_tokens` are still to be paid."""
 
@@ -508,6 +537,17 @@ class _Answer(Showing):
     def add(self, planned: _Planned, hidden: frozenset[int]) -> None:
         self.choices.append(self.form.choice(planned.index, hidden))
         self._planned.append(planned)
+
+    def gridmill(self) -> dict[str, Any]:
+        """With `x-gridmill-why: 1`, also why each node was chosen: a decision for each placement of each choice."""
+        facts = super().gridmill()
+        if any(planned.order.whys is not None for planned in self._planned):
+            facts["why"] = [
+                {"choice": planned.index, **explained(why)}
+                for planned in self._planned
+                for why in planned.order.whys or ()
+            ]
+        return facts
 
     def release(self, books: Books) -> None:
         """Whatever was held for works that never began is free again."""
@@ -644,7 +684,7 @@ def _as_api_error(error: Exception, prompt_param: str) -> ApiError:
             return ApiError(error.status, error.code, error.message, param=error.param)
         case NoRoom():
             status = 429 if error.code == "overloaded" else 503
-            return ApiError(status, error.code, error.detail, headers=[retry_after(error.retry_after_seconds)])
+            return ApiError(status, error.code, error.detail, headers=retry_after_exactly(error.retry_after_seconds))
         case NodeFault():
             return ApiError(502, error.code, f"the node that computed this failed: {error.detail}")
         case Insufficient():

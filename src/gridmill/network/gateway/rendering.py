@@ -63,6 +63,8 @@ class Format(ABC):
             "model": card.name,
             "system_fingerprint": card.class_id[:FINGERPRINT_CHARACTERS],
         }
+        if request.service_tier is not None:
+            self.head["service_tier"] = request.service_tier
         # As OpenAI: with include_usage every chunk carries the field, and only the last one a value.
         self._chunk_opening = b"data: " + _encode(self.head)[:-1] + b',"choices":['
         self._chunk_closing = b',"usage":null}\n\n' if request.include_usage else b"}\n\n"
