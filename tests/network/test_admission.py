@@ -557,6 +557,7 @@ def test_no_backlogged_account_falls_behind_another_by_more_than_what_runs(
 
     async def body(world: World) -> None:
         got = [0.0] * len(accounts)
+        world.free = 0  # until all of them wait
 
         async def one(index: int) -> None:
             weight, tokens, seconds = accounts[index]
@@ -573,6 +574,9 @@ def test_no_backlogged_account_falls_behind_another_by_more_than_what_runs(
             for index in range(len(accounts)):
                 for _ in range(90):
                     group.create_task(one(index))
+            await settle()
+            world.free = places
+            world.admission.wake(CLASS)
             await asyncio.sleep(10)
             group.create_task(end())
 

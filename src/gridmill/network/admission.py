@@ -1,7 +1,7 @@
 """Who goes next when a class has no free place, and who is told to come later, and when.
 
 - One line for each class, bounded. An answer that broke off and looks for another node goes first and is never turned
-  away for others; then requests of service `default`, then `flex`.
+  away for others; then requests that come back when they were told to (promises.py), then others, then `flex`.
 - Between accounts the one goes first that was served the fewest tokens, divided by its weight (the virtual token
   counter of Sheng et al. 2024). Within an account it is whoever came first.
 - Nothing waits longer than it may, and what would have to wait longer is refused at once: `default` waits while its
@@ -31,6 +31,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
+from gridmill.network.promises import Pace, Promise, Promises
 from gridmill.wire.classes import ClassId
 
 Service = Literal["default", "flex"]
@@ -41,8 +42,15 @@ RATE_MEMORY_SECONDS = 60.0  # how long what was measured about a class counts
 RETRY_AFTER_SECONDS_MIN = 1.0
 RETRY_AFTER_SECONDS_MAX = 300.0  # a prediction further ahead than this says nothing
 RETRY_AFTER_SECONDS_UNKNOWN = 2.0  # nothing was measured yet
+PROMISED_SHARE = 0.8  # of the rate at which places become free; the rest is for whoever comes
+CATCHING_UP_WORKS = 5  # an account that is so many works behind is promised places twice as often
+KEPT_FREE_SECONDS = 0.25  # after it is looked whether a place is still kept free for somebody
+BEHIND_WORKS = 2  # an account that got this much less than others, though it asked, goes before promises
 UNMET_SECONDS = 10.0  # how long an account that was turned away counts as still asking
+TOKENS_MEMORY = 0.1  # weight of an account's latest work in what its works are thought to take
 ACCOUNTS_BEFORE_TIDYING = 1024
+
+_FIRST, _DEFAULT, _FLEX = range(3)  # tiers
 
 
 class Asking(msgspec.Struct, frozen=True):
@@ -151,7 +159,7 @@ class Ticket:
     def __init__(self, admission: Admission, line: _Line, asking: Asking) -> None:
         self.asking = asking
         self.urgent = False
-        self.tier = 1 if asking.service == "flex" else 0
+        self.tier = _FLEX if asking.service == "flex" else _DEFAULT
         self.number = 0  # its place by arrival; 0 while it does not stand
         self.deadline = math.inf
         self.round = 0  # the latest round in which it had its turn
@@ -161,6 +169,7 @@ class Ticket:
         self._line = line
         self._clock = admission.clock
         self._made = admission.clock()
+        self._promise: Promise | None = None
         self._standings = 0
         self._tokens = 0
         self._future: asyncio.Future[None] | None = None
@@ -185,7 +194,7 @@ class Ticket:
             self._stand(urgent)
         if self._last_turn:
             raise self._late()
-        if not self._looked and not line.anybody_ahead(urgent):
+        if not self._looked and not line.anybody_ahead(self):
             self._looked = True
             return
         self._looked = True
@@ -198,7 +207,7 @@ class Ticket:
         except TimeoutError:
             self._last_turn = True
             # Nobody is told that there is no place before having looked at the end of its wait.
-            if not self._called and not line.room():
+            if not self._called and line.room() <= (line.expected() if line.tier_now(self) else 0):
                 raise self._late() from None
         finally:
             self._leave()
@@ -211,6 +220,9 @@ class Ticket:
         if self._called:
             self._called = False
             self._line.called_back(self.share)
+        if self._promise is not None:
+            self._line.promises.keep(self._promise)
+            self._promise = None
         self.number, self._looked, self._last_turn = 0, False, False
         self._holds, self._tokens = True, 0
 
@@ -223,7 +235,7 @@ class Ticket:
         """The place that it took is free again."""
         if self._holds:
             self._holds = False
-            self._line.freed(self._tokens)
+            self._line.freed(self.share, self._tokens)
 
     def close(self) -> None:
         """It is over: what it still has of a turn or a place goes on to others."""
@@ -249,7 +261,6 @@ class Ticket:
     def shed(self, overloaded: Overloaded) -> None:
         """Somebody with more right needs its place in the line, which it has left."""
         assert self._future is not None
-        self._note(overloaded.reason)
         if not self._future.done():
             self._future.set_exception(overloaded)
 
@@ -264,21 +275,22 @@ class Ticket:
         if urgent:
             self.deadline = now + admission.resume_timeout_seconds
             return
+        if self.tier != _FLEX:
+            if self._promise is None:
+                self._promise = self._line.promises.due(self.asking.account_id, self.asking.prompt, now)
+            self.tier = _DEFAULT if self._promise is None else _FIRST
         start = self._made if self._standings == 1 else now
         self.deadline = start + admission.queue_timeout_seconds
         if self.asking.max_wait_seconds is not None:
             self.deadline = min(self.deadline, self._made + self.asking.max_wait_seconds)
         elif self.asking.service == "default":
-            usual = admission.fleet.usual_ttft_seconds(self.asking.class_id)
-            if usual and admission.ttft_factor:
-                spare = max(WAIT_FLOOR_SECONDS, (admission.ttft_factor - 1.0) * usual)
-                self.deadline = min(self.deadline, start + spare)
+            self.deadline = min(self.deadline, start + self._line.patience())
 
     def _join(self) -> None:
         line, now = self._line, self._clock()
         self._future = asyncio.get_running_loop().create_future()
         if not self.urgent:
-            ahead = line.ahead(self)
+            ahead = line.ahead(self) + (line.expected() if line.tier_now(self) else 0)
             if now + line.wait_behind(ahead) > self.deadline:
                 self._future = None
                 raise self._late(ahead)
@@ -305,13 +317,18 @@ class Ticket:
             detail = f"waited {waited:.1f} s for one of {line.places()} places"
         else:
             detail = f"all {line.places()} places for this model are taken, and the wait for one would be too long"
-        self._note("late")
-        return Overloaded("late", detail, line.retry_after(line.length if ahead is None else ahead))
+        return self.refused("late", detail, line.length if ahead is None else ahead)
 
-    def _note(self, reason: Reason) -> None:
+    def refused(self, reason: Reason, detail: str, ahead: int) -> Overloaded:
+        """It gets no place: when it is to come again, counted and promised."""
+        line, asking = self._line, self.asking
         self._admission.observer.admission_refused(reason)
-        if self.asking.max_wait_seconds is None and self.asking.service == "default":
-            self._line.refused(self.share)
+        if self.urgent or asking.service == "flex":
+            return Overloaded(reason, detail, line.retry_after(ahead))
+        seconds = line.promise(asking, self._promise, self._made, ahead)
+        if asking.max_wait_seconds is None:
+            line.refused(self.share, seconds)
+        return Overloaded(reason, detail, seconds)
 
 
 class _Share:
@@ -320,10 +337,11 @@ class _Share:
     def __init__(self, counter: float) -> None:
         self.counter = counter  # tokens served, divided by weight
         self.weight = 1
-        self.waiting: tuple[list[Ticket], list[Ticket]] = ([], [])  # by tier, each by arrival
+        self.waiting: tuple[list[Ticket], ...] = ([], [], [])  # by tier, each by arrival
+        self.tokens_per_work = 0.0  # of the latest, more or less; 0.0 before the first
         self.called = 0  # turns given that were not used yet
         self.tickets = 0
-        self.refused_at = -math.inf
+        self.asks_until = -math.inf  # it was turned away, and may come again until then
 
 
 class _Line:
@@ -336,15 +354,16 @@ class _Line:
         self._tidy_at = ACCOUNTS_BEFORE_TIDYING
         self._waiting: dict[_Share, None] = {}  # those of whom anybody waits
         self._urgent: list[Ticket] = []
-        self._count = 0
+        self._counts = [0, 0, 0]  # of those who are not urgent, by tier
         self._called = 0
         self._round = 1
         self._number = 0
-        self._refused_at = -math.inf
+        self._asked_until = -math.inf
         # What accounts had got when they were served last, the furthest of them: newcomers begin there.
         self._floor = 0.0
         self._rate = _Rate(admission.clock())
-        self._waking = False
+        self.promises = Promises()
+        self._timer: asyncio.TimerHandle | None = None
 
     # ------------------------------------------------------------ what is known
 
@@ -357,18 +376,46 @@ class _Line:
 
     @property
     def length(self) -> int:
-        return self._count
+        return len(self._urgent) + sum(self._counts)
 
-    def anybody_ahead(self, urgent: bool) -> bool:
-        if urgent:
+    def anybody_ahead(self, newcomer: Ticket) -> bool:
+        """Or called, or expected."""
+        if newcomer.urgent or self._urgent:
             return bool(self._urgent)
-        return self._count > 0 or (self._called > 0 and self.room() <= 0)
+        tier = self.tier_now(newcomer)
+        if any(self._counts[: tier + 1]):
+            return True
+        expected = self.expected() if tier else 0
+        return (self._called > 0 or expected > 0) and self.room() <= expected
+
+    def expected(self) -> int:
+        """Places that are kept for those who were told to come about now."""
+        return self.promises.claim(self._admission.clock(), self._pace()) if self.promises else 0
+
+    def patience(self) -> float:
+        """How long a request without a word of its own waits, in seconds."""
+        admission = self._admission
+        usual = admission.fleet.usual_ttft_seconds(self._class_id)
+        if not usual or not admission.ttft_factor:
+            return admission.queue_timeout_seconds
+        return min(admission.queue_timeout_seconds, max(WAIT_FLOOR_SECONDS, (admission.ttft_factor - 1.0) * usual))
+
+    def tier_now(self, ticket: Ticket) -> int:
+        """Nobody's promise may keep an account behind for long."""
+        share = ticket.share
+        if ticket.tier == _DEFAULT and share.counter + BEHIND_WORKS * self._per_turn(share) < self._floor:
+            return _FIRST
+        return ticket.tier
+
+    def _per_turn(self, share: _Share) -> float:
+        """By how much one work would bring this account forward."""
+        return (share.tokens_per_work or self._rate.tokens_per_work) / share.weight
 
     def ahead(self, newcomer: Ticket) -> int:
         """How many would have their turn before a ticket that is not in the line."""
         share, tier = newcomer.share, newcomer.tier
         behind = sum([len(share.waiting[each]) for each in range(tier + 1)])
-        mark = share.counter + (share.called + behind) * self._rate.tokens_per_work / share.weight
+        mark = share.counter + (share.called + behind) * self._per_turn(share)
         count = len(self._urgent) + behind
         for other in self._waiting:
             if other is share:
@@ -377,7 +424,7 @@ class _Line:
             count += before
             waiting = len(other.waiting[tier])
             if waiting:
-                per_turn = self._rate.tokens_per_work / other.weight
+                per_turn = self._per_turn(other)
                 first = other.counter + (other.called + before) * per_turn
                 if mark >= first:
                     count += min(waiting, 1 + int((mark - first) / per_turn))
@@ -393,13 +440,46 @@ class _Line:
         seconds = self.wait_behind(ahead) or RETRY_AFTER_SECONDS_UNKNOWN
         return min(max(seconds, RETRY_AFTER_SECONDS_MIN), RETRY_AFTER_SECONDS_MAX)
 
+    def promise(self, asking: Asking, kept_not: Promise | None, asked: float, ahead: int) -> float:
+        """Seconds after which this work is to come again, and then goes before newcomers."""
+        now, seconds = self._admission.clock(), self.retry_after(ahead)
+        pace = self._pace()
+        if not pace.per_second or not asking.prompt:
+            return seconds
+        earliest = now + self.wait_behind(ahead)
+        if kept_not is not None:
+            return self.promises.put_off(kept_not, now=now, earliest=earliest, pace=pace) - now
+        share = self._shares[asking.account_id]
+        due = self.promises.make(
+            asking.account_id,
+            asking.prompt,
+            asked=asked,
+            now=now,
+            earliest=earliest,
+            apart=self._apart(share) / pace.per_second,
+            weight=asking.weight,
+            pace=pace,
+        )
+        return RETRY_AFTER_SECONDS_MAX if due is None else max(RETRY_AFTER_SECONDS_MIN, due - now)
+
+    def _apart(self, share: _Share) -> float:
+        """By how many of the class's works those of this account lie apart, were it alone: closer when it is behind."""
+        per_turn = self._per_turn(share)
+        behind = max(0.0, (self._floor - share.counter) / per_turn - 1.0)
+        return per_turn * share.weight / self._rate.tokens_per_work / (1.0 + behind / CATCHING_UP_WORKS)
+
+    def _pace(self) -> Pace:
+        """What may be promised."""
+        per_second = self._rate.per_second(self._admission.clock(), self.places())
+        return Pace(per_second * PROMISED_SHARE, self.patience())
+
     # ------------------------------------------------------------ who waits
 
     def share(self, asking: Asking) -> _Share:
         share = self._shares.get(asking.account_id)
         if share is None:
             share = self._shares[asking.account_id] = _Share(self._floor)
-        elif not (share.called or share in self._waiting or share.refused_at > self._admission.clock() - UNMET_SECONDS):
+        elif not (share.called or share in self._waiting or share.asks_until > self._admission.clock()):
             # Nobody saves up by not asking. Who was turned away was asking.
             share.counter = max(share.counter, self._floor)
         share.weight = asking.weight
@@ -415,7 +495,7 @@ class _Line:
         else:
             insort(ticket.share.waiting[ticket.tier], ticket, key=_number)
             self._waiting[ticket.share] = None
-        self._count += 1
+            self._counts[ticket.tier] += 1
         self._admission.counted(1)
 
     def remove(self, ticket: Ticket) -> None:
@@ -426,13 +506,14 @@ class _Line:
         its_list.remove(ticket)
         if not any(ticket.share.waiting):
             self._waiting.pop(ticket.share, None)
-        self._count -= 1
+        if not ticket.urgent:
+            self._counts[ticket.tier] -= 1
         self._admission.counted(-1)
 
     def make_room(self, newcomer: Ticket, places_factor: float) -> None:
         """Somebody joined: if that is one too many, the one with the least right leaves."""
         limit = max(1, math.ceil(self.places() * places_factor))
-        if self._count - len(self._urgent) <= limit:
+        if sum(self._counts) <= limit:
             return
         order = self._order()
         now = self._admission.clock()
@@ -444,7 +525,7 @@ class _Line:
                 break
         self.remove(victim)
         detail = f"all {self.places()} places for this model are taken, and {limit} requests wait that go first"
-        victim.shed(Overloaded(reason, detail, self.retry_after(self._count)))
+        victim.shed(victim.refused(reason, detail, self.length))
 
     def _order(self) -> list[Ticket]:
         """All who are not urgent, in the order in which they would have their turn."""
@@ -453,7 +534,7 @@ class _Line:
             turns = share.called
             for tier, tickets in enumerate(share.waiting):
                 for ticket in tickets:
-                    mark = share.counter + turns * self._rate.tokens_per_work / share.weight
+                    mark = share.counter + turns * self._per_turn(share)
                     marked.append((tier, mark, ticket.number, ticket))
                     turns += 1
         marked.sort(key=lambda each: each[:3])
@@ -462,34 +543,47 @@ class _Line:
     # ------------------------------------------------------------ whose turn it is
 
     def wake(self) -> None:
-        self._waking = False
-        if not self._count:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if not self.length:
             return
-        everybody = self._admission.stopped or not self.places()
         self._round += 1
-        turns = self._count if everybody else self.room()
-        for _ in range(turns):
-            if not self._call_next():
-                return
+        if self._admission.stopped or not self.places():
+            while (ticket := self._next()) is not None:
+                self._call(ticket)
+        else:
+            while self.pass_on():
+                pass
 
-    def pass_on(self) -> None:
-        """A turn was not used, for that one found nothing to its liking: somebody else may."""
-        if self._count and self.room() > 0:
-            self._call_next()
+    def pass_on(self) -> bool:
+        """Gives the next turn, if there is room for it: a turn was not used, or places are free."""
+        room = self.room()
+        ticket = self._next() if room > 0 else None
+        if ticket is None:
+            return False
+        if self.tier_now(ticket) and not ticket.urgent and room <= self.expected():
+            self._wake_later()
+            return False
+        self._call(ticket)
+        return True
 
     def called_back(self, share: _Share) -> None:
         self._called -= 1
         share.called -= 1
 
-    def _call_next(self) -> bool:
-        ticket = self._next()
-        if ticket is None:
-            return False
+    def _wake_later(self, seconds: float = KEPT_FREE_SECONDS) -> None:
+        loop = asyncio.get_running_loop()
+        if self._timer is None or self._timer.when() > loop.time() + seconds:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = loop.call_later(seconds, self.wake)
+
+    def _call(self, ticket: Ticket) -> None:
         self.remove(ticket)
         self._called += 1
         ticket.share.called += 1
         ticket.call(self._round)
-        return True
 
     def _next(self) -> Ticket | None:
         """The first in order that had no turn in this round."""
@@ -499,11 +593,11 @@ class _Line:
         best: Ticket | None = None
         best_mark = (0, 0.0, 0)
         for share in self._waiting:
-            mark = share.counter + share.called * self._rate.tokens_per_work / share.weight
-            for tier, tickets in enumerate(share.waiting):
+            mark = share.counter + share.called * self._per_turn(share)
+            for tickets in share.waiting:
                 first = next((each for each in tickets if each.round < self._round), None)
                 if first is not None:
-                    key = (tier, mark, first.number)
+                    key = (self.tier_now(first), mark, first.number)
                     if best is None or key < best_mark:
                         best, best_mark = first, key
                     break
@@ -514,21 +608,24 @@ class _Line:
     def took(self, share: _Share) -> None:
         self._floor = max(self._floor, share.counter)
         self._rate.took(self._admission.clock())
-        if self._count and not self._waking:
+        if self.length:
             # It takes its place before the loop turns; whoever is behind it may find another.
-            self._waking = True
-            asyncio.get_running_loop().call_soon(self.wake)
+            self._wake_later(0.0)
 
-    def freed(self, tokens: int) -> None:
+    def freed(self, share: _Share, tokens: int) -> None:
         self._rate.freed(self._admission.clock(), tokens)
+        if tokens:
+            known = share.tokens_per_work
+            share.tokens_per_work = known + TOKENS_MEMORY * (tokens - known) if known else float(tokens)
 
-    def refused(self, share: _Share) -> None:
-        self._refused_at = share.refused_at = self._admission.clock()
+    def refused(self, share: _Share, seconds: float) -> None:
+        share.asks_until = max(share.asks_until, self._admission.clock() + seconds + UNMET_SECONDS)
+        self._asked_until = max(self._asked_until, share.asks_until)
 
     def tidy(self) -> None:
         """Forgets accounts that a newcomer would equal; all of them when the class is at rest: nobody was put off."""
-        still_asking = self._admission.clock() - UNMET_SECONDS
-        if self._rate.running == 0 and not self._count and not self._called and self._refused_at < still_asking:
+        now = self._admission.clock()
+        if self._rate.running == 0 and not self.length and not self._called and self._asked_until < now:
             self._floor = 0.0
             if any([share.tickets for share in self._shares.values()]):
                 for share in self._shares.values():
@@ -539,7 +636,7 @@ class _Line:
             self._shares = {
                 account_id: share
                 for account_id, share in self._shares.items()
-                if share.tickets or share.counter > self._floor or share.refused_at >= still_asking
+                if share.tickets or share.counter > self._floor or share.asks_until > now
             }
             self._tidy_at = max(ACCOUNTS_BEFORE_TIDYING, 2 * len(self._shares))
 
@@ -553,17 +650,19 @@ class _Rate:
     def __init__(self, now: float) -> None:
         self.running = 0
         self.tokens_per_work = 1.0
+        self._ever = 0  # works that were completed
         self._completed = 0.0
         self._place_seconds = 0.0
         self._tokens = 0.0
         self._moment = now
 
     def per_second(self, now: float, places: int) -> float:
-        """0.0 while unknown. Before the first work is over: as if one were over now."""
+        """0.0 while unknown. Until as many are over as run, it is as if those that run were half done."""
         self._flow(now)
         if self._place_seconds < 1e-6:
             return 0.0
-        return max(1, places) * max(1.0, self._completed) / self._place_seconds
+        completed = self._completed if self._ever > self.running else max(self._completed, self.running / 2)
+        return max(1, places) * max(0.5, completed) / self._place_seconds
 
     def took(self, now: float) -> None:
         self._flow(now)
@@ -574,6 +673,7 @@ class _Rate:
         self._flow(now)
         self.running -= 1
         if tokens:
+            self._ever += 1
             self._completed += 1.0
             self._tokens += tokens
             self.tokens_per_work = self._tokens / self._completed
