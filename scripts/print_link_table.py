@@ -85,6 +85,7 @@ BOUNDS: dict[tuple[str, str], str] = {
     ("ClassOffer", "decode_tokens_per_second"): "finite, ≥ 0",
     ("ClassOffer", "prefill_tokens_per_second"): "finite, ≥ 0",
     ("ClassOffer", "price"): "see Price",
+    ("ClassOffer", "region"): f"word, at most {codec.REGION_CHARS_MAX}",
     **{
         ("Price", name): f"0 … {codec.PRICE_NANOCREDITS_MAX}"
         for name in ("input_nanocredits", "cached_input_nanocredits", "output_nanocredits")

@@ -10,7 +10,7 @@ import hashlib
 import heapq
 import math
 from array import array
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from random import Random
@@ -174,7 +174,9 @@ class Roster:
         self._members: list[Member | None] = []
         self._free_places: list[int] = []
         self._by_id: dict[NodeId, Member] = {}
-        self._owners: Counter[OwnerId] = Counter()
+        self._owners: dict[str, dict[NodeId, Member]] = {}
+        self._regions: dict[str, dict[NodeId, Member]] = {}
+        self._by_price: list[tuple[int, NodeId]] = []  # by what an output token costs
         self._tree: list[int] = [0]  # Fenwick sums of the sampling weights
         self._ring: array[int] = array("Q")
         self._unsure: list[Member] = []  # new, half-open, or silent for long: some chance comes their way
@@ -205,7 +207,7 @@ class Roster:
 
     @property
     def only_owner(self) -> OwnerId | None:
-        return next(iter(self._owners)) if len(self._owners) == 1 else None
+        return OwnerId(next(iter(self._owners))) if len(self._owners) == 1 else None
 
     def add(self, member: Member, now: float) -> None:
         assert member.place < 0 and member.node_id not in self._by_id, "a member joined twice"
@@ -218,6 +220,9 @@ class Roster:
             if len(self._tree) <= len(self._members):
                 self._regrow()
         self._by_id[member.node_id] = member
+        self._owners.setdefault(member.owner_id, {})[member.node_id] = member
+        self._regions.setdefault(member.region, {})[member.node_id] = member
+        insort(self._by_price, (member.price.price.output_nanocredits, member.node_id))
         self._rows = None
         for position in _positions(member.node_id):
             point = position << RING_SHIFT | member.place
@@ -233,6 +238,11 @@ class Roster:
         if self._by_id.get(member.node_id) is not member:
             return
         del self._by_id[member.node_id]
+        for index, key in ((self._owners, member.owner_id), (self._regions, member.region)):
+            del index[key][member.node_id]
+            if not index[key]:
+                del index[key]
+        del self._by_price[bisect_left(self._by_price, (member.price.price.output_nanocredits, member.node_id))]
         for position in _positions(member.node_id):
             self._ring.pop(bisect_left(self._ring, position << RING_SHIFT | member.place))
         self._weigh(member, 0)
@@ -254,9 +264,6 @@ class Roster:
             self.in_flight += sign * member.in_flight
             self.places += sign * member.limit
         self.room += sign * member.counted
-        self._owners[member.owner_id] += sign
-        if not self._owners[member.owner_id]:
-            del self._owners[member.owner_id]
         self.ejected += sign * (member.health.state == "open")
 
     # ------------------------------------------------------------ what happens to them
@@ -438,12 +445,27 @@ class Roster:
             passed.add(place)
         return None
 
-    def from_somewhere(self, random: Random) -> Iterator[Member]:
-        """All, beginning anywhere."""
-        members = self._members
-        start = random.randrange(len(members)) if members else 0
-        for index in range(start - len(members), start):
-            member = members[index]
+    def among(
+        self,
+        random: Random,
+        *,
+        owners: frozenset[str] | None = None,
+        regions: frozenset[str] | None = None,
+        output_nanocredits_max: int | None = None,
+    ) -> Iterator[Member]:
+        """All of which these may be true, beginning anywhere: by the index that leaves the fewest to look at."""
+        some: list[list[Member | None]] = [self._members]
+        for index, wanted in ((self._owners, owners), (self._regions, regions)):
+            if wanted is not None:
+                some.append([member for key in wanted for member in index.get(key, {}).values()])
+        if output_nanocredits_max is not None:
+            end = bisect_left(self._by_price, (output_nanocredits_max + 1, NodeId("")))
+            if end < len(min(some, key=len)):
+                some.append([self._by_id[node_id] for _, node_id in self._by_price[:end]])
+        fewest = min(some, key=len)
+        start = random.randrange(len(fewest)) if fewest else 0
+        for position in range(start - len(fewest), start):
+            member = fewest[position]
             if member is not None:
                 yield member
 

@@ -432,6 +432,7 @@ class Registry:
                 self._standing(record.node_id, offer, moment),
                 price=record.prices.get(class_id, FREE),
                 sent=record.sent,
+                region=offer.region,
                 tier=record.tier,
                 in_flight=record.in_flight.setdefault(class_id, 0),
                 draining=record.draining,

@@ -163,7 +163,7 @@ def place(request: Request, snapshot: Snapshot, *, now: float, random: Random) -
     if not fit or (request.avoid_owners and all(member.owner_id in request.avoid_owners for member in fit)):
         _search(request, roster, fit, refused, random)
     if not fit:
-        return _full(request, roster, refused)
+        return _full(request, roster, refused, random)
     if any(member.owner_id not in request.avoid_owners for member in fit):
         for member in [member for member in fit if member.owner_id in request.avoid_owners]:
             refused[member] = fit.pop(member), "owner"
@@ -197,23 +197,23 @@ def _candidates(
             yield member, "all"
         return
     if request.sticky:
-        member = roster.get(snapshot.sticky_node(request.class_id, request.sticky, now))
-        if member is not None:
-            yield member, "sticky"
+        last = roster.get(snapshot.sticky_node(request.class_id, request.sticky, now))
+        if last is not None:
+            yield last, "sticky"
     for node_id in snapshot.holders(text):
-        member = roster.get(node_id)
-        if member is not None:
-            yield member, "cached"
+        holder = roster.get(node_id)
+        if holder is not None:
+            yield holder, "cached"
     for strides in RING_STRIDES:
         key = text.head(strides)
-        if key is not None and (member := roster.owner_of(key)) is not None:
-            yield member, "ring"
+        if key is not None and (owner := roster.owner_of(key)) is not None:
+            yield owner, "ring"
     for _ in range(SAMPLED):
-        member = roster.sample(random)
-        if member is not None:
-            yield member, "drawn"
-    if random.random() < EXPLORED_SHARE and (member := roster.unsure(random)) is not None:
-        yield member, "explored"
+        drawn = roster.sample(random)
+        if drawn is not None:
+            yield drawn, "drawn"
+    if random.random() < EXPLORED_SHARE and (unsure := roster.unsure(random)) is not None:
+        yield unsure, "explored"
 
 
 def refusal(member: Member, request: Request) -> Reason | None:
@@ -266,7 +266,7 @@ def _search(
     if not roster.room:
         return
     found = 0
-    for member in roster.from_somewhere(random):
+    for member in _might(request, roster, random):
         if member.in_flight >= member.limit or member.owner_id in request.avoid_owners or member in fit:
             continue
         if refusal(member, request) is None:
@@ -275,14 +275,31 @@ def _search(
             if found == SAMPLED:
                 return
     if not fit and request.avoid_owners:
-        fit.update((member, "searched") for member in roster if refusal(member, request) is None)
+        fit.update((member, "searched") for member in _might(request, roster, random) if not refusal(member, request))
 
 
-def _full(request: Request, roster: Roster, refused: dict[Member, tuple[str, Reason]]) -> Full:
+def _might(request: Request, roster: Roster, random: Random) -> Iterator[Member]:
+    """Whom its filters may leave."""
+    most_for_output = []
+    if request.max_price is not None:
+        most_for_output.append(request.max_price.output_nanocredits)
+    if request.not_above is not None:
+        most_for_output.append(request.not_above.output_nanocredits)
+    if request.affordable_nanocredits is not None and request.output_tokens > 0:
+        most_for_output.append(request.affordable_nanocredits // request.output_tokens)
+    return roster.among(
+        random,
+        owners=request.owners,
+        regions=request.regions,
+        output_nanocredits_max=min(most_for_output, default=None),
+    )
+
+
+def _full(request: Request, roster: Roster, refused: dict[Member, tuple[str, Reason]], random: Random) -> Full:
     """Busy, if anybody could take it once there is room."""
     waits: tuple[Reason, ...] = ("busy", "breaker")
     busy = any(reason in waits for _, reason in refused.values()) or any(
-        refusal(member, request) in waits for member in roster
+        refusal(member, request) in waits for member in _might(request, roster, random)
     )
     why = tuple(_accounts(refused)) if request.explain else None
     considered = tuple((member.node_id, reason) for member, (_, reason) in refused.items())
@@ -307,12 +324,17 @@ def _lost(cost: _Cost, best: _Cost) -> Reason:
 def _account(cost: _Cost, drawn_as: str, outcome: str) -> Why:
     member = cost.member
     return Why(
-        member.node_id,
-        member.owner_id,
-        drawn_as,
-        outcome,
-        *(round(part, 4) for part in (cost.total, cost.wait, cost.read, cost.round_trip)),
-        *(round(part, 4) for part in (cost.decode, cost.price, cost.redo)),
+        node_id=member.node_id,
+        owner_id=member.owner_id,
+        drawn_as=drawn_as,
+        outcome=outcome,
+        cost_seconds=round(cost.total, 4),
+        wait_seconds=round(cost.wait, 4),
+        prefill_seconds=round(cost.read, 4),
+        round_trip_seconds=round(cost.round_trip, 4),
+        decode_seconds=round(cost.decode, 4),
+        price_seconds=round(cost.price, 4),
+        redo_seconds=round(cost.redo, 4),
         cached_tokens=cost.cached,
         in_flight=member.in_flight,
         limit=member.limit,

@@ -74,14 +74,14 @@ class Channel(Protocol):
 
 @asynccontextmanager
 async def agent_on(
-    engines: Iterable[Engine], channel: Channel, *, outbox: Outbox | None = None, price: Price = FREE
+    engines: Iterable[Engine], channel: Channel, *, outbox: Outbox | None = None, price: Price = FREE, region: str = ""
 ) -> AsyncIterator[Agent]:
     """An Agent whose works all live inside this context: leaving it cancels what still runs and waits for it.
 
     `price` is asked for every class. Without an outbox the node keeps no receipts and signs none.
     """
     async with asyncio.TaskGroup() as group:
-        agent = Agent(engines, channel, group, outbox, price)
+        agent = Agent(engines, channel, group, outbox, price, region)
         try:
             yield agent
         finally:
@@ -98,12 +98,14 @@ class Agent:
         group: asyncio.TaskGroup,
         outbox: Outbox | None,
         price: Price,
+        region: str = "",
     ) -> None:
         self._engines = {engine.served.model_class.class_id: engine for engine in engines}
         self._channel = channel
         self._group = group
         self._outbox = outbox
         self._price = price
+        self._region = region
         self._network_key = b""
         self._receipts: deque[Receipts] = deque()
         self._answering = False
@@ -129,7 +131,8 @@ class Agent:
             case Opened(network_key=network_key):
                 self._open = True
                 self._network_key = network_key
-                self._channel.send(Offers(tuple(offer_of(engine, self._price) for engine in self._engines.values())))
+                offers = (offer_of(engine, self._price, self._region) for engine in self._engines.values())
+                self._channel.send(Offers(tuple(offers)))
                 if self._outbox is not None:
                     self._spawn(self._sign_again(self._outbox), "countersignatures")
             case Arrived(message=message):
@@ -490,12 +493,12 @@ class _Work:
             raise BrokenEngine("logprobs that are not parallel to the ids")
 
 
-def offer_of(engine: Engine, price: Price = FREE) -> ClassOffer:
+def offer_of(engine: Engine, price: Price = FREE, region: str = "") -> ClassOffer:
     """What a node says of an engine. Speeds are given by engines that have measured themselves (`speeds()`)."""
     speeds = getattr(engine, "speeds", None)
     decode, prefill = speeds() if speeds is not None else (0.0, 0.0)
     served = engine.served
-    return ClassOffer(served.name, served.model_class, engine.slots, engine.kind, decode, prefill, price)
+    return ClassOffer(served.name, served.model_class, engine.slots, engine.kind, decode, prefill, price, region)
 
 
 def _end_of(work: _Work, claim: bytes) -> End:

@@ -257,7 +257,9 @@ class _Serving:
         self._between_links.clear()
         try:
             async with (
-                agent_on([self._engine], conversation, outbox=self._outbox, price=self._price) as agent,
+                agent_on(
+                    [self._engine], conversation, outbox=self._outbox, price=self._price, region=self._settings.region
+                ) as agent,
                 asyncio.TaskGroup() as group,
             ):
                 conversation.link.telemetry = agent.telemetry

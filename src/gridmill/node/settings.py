@@ -52,6 +52,9 @@ class NodeSettings:
         help="what you ask, INPUT/OUTPUT or INPUT/CACHED/OUTPUT in nanocredits per token, such as 50/400: "
         "1 nanocredit per token is 0.001 credit per million tokens (default: nothing)",
     )
+    region: str | None = setting(
+        None, help="where the node stands, one word such as eu-west, for callers who ask for a region (default: unsaid)"
+    )
     device: str = setting("auto", help="auto, cpu, cuda, cuda:1, mps: where the model computes")
     dtype: DTypeChoice = setting(
         "auto", help="number format; auto is float32 on a CPU, else what the model was saved in"
@@ -79,7 +82,7 @@ class NodeSettings:
 
     def __post_init__(self) -> None:
         # Late, because the codec brings the library of signatures with it, which a --help does not need.
-        from gridmill.wire.codec import DRAIN_SECONDS_MAX, NAME_CHARS_MAX, SLOTS_MAX
+        from gridmill.wire.codec import DRAIN_SECONDS_MAX, NAME_CHARS_MAX, REGION_CHARS_MAX, SLOTS_MAX
 
         _require(bool(self.network.strip()), "--network is empty: give the address of the network to join")
         _require(bool(self.model.strip()), "--model is empty: give a folder, OWNER/NAME or gridmill/demo")
@@ -92,6 +95,11 @@ class NodeSettings:
             self.price is None or parse_price(self.price) is not None,
             f"--price must be INPUT/OUTPUT or INPUT/CACHED/OUTPUT in whole nanocredits per token, such as 50/400 or "
             f"50/10/400, cached input not above other input, and none above 10^9; not {self.price!r}",
+        )
+        region = self.region or ""
+        _require(
+            region.isascii() and region.isprintable() and " " not in region and len(region) <= REGION_CHARS_MAX,
+            f"--region must be one word of at most {REGION_CHARS_MAX} ASCII characters, such as eu-west",
         )
         _require(
             self.network_key is None or re.fullmatch(r"[0-9a-fA-F]{64}", self.network_key) is not None,

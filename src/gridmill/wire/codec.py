@@ -91,6 +91,7 @@ HASH_BYTES = 32
 PRICE_NANOCREDITS_MAX = 10**9  # one credit per token; with the longest context a sum stays far below 63 bits
 WEIGHT_FILES_MAX = 2048  # the largest public checkpoints have under 300 files
 FILE_NAME_CHARS_MAX = 255  # what file systems allow
+REGION_CHARS_MAX = 32  # eu-west, us-east-1, de: a place, not an address
 SLOTS_MAX = 1 << 16  # a node that claims more works at once is mistaken
 STREAMS_OPEN_MAX = 4096  # 64 times the default of concurrent works per node
 TRANSFERS_OPEN_MAX = 4  # tokenizer and text facts of two classes at once
@@ -259,6 +260,7 @@ def _check_class_offer(offer: ClassOffer) -> None:
     _check_hint(offer.decode_tokens_per_second, "decode_tokens_per_second")
     _check_hint(offer.prefill_tokens_per_second, "prefill_tokens_per_second")
     _check_price(offer.price)
+    _check_word(offer.region, REGION_CHARS_MAX, "region", chars_min=0)
 
 
 def _check_price(price: Price) -> None:

@@ -85,7 +85,10 @@ class Price(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ClassOffer(msgspec.Struct, frozen=True, array_like=True):
-    """One class that a node serves under a name. Speeds are hints; the network believes its own clock."""
+    """One class that a node serves under a name. Speeds are hints; the network believes its own clock.
+
+    `region` is the owner's own word for where the node stands, such as eu-west; empty when it says nothing.
+    """
 
     name: str
     model_class: ModelClass
@@ -94,6 +97,7 @@ class ClassOffer(msgspec.Struct, frozen=True, array_like=True):
     decode_tokens_per_second: float = 0.0
     prefill_tokens_per_second: float = 0.0
     price: Price = Price()
+    region: str = ""
 
 
 class Offers(Message, frozen=True, array_like=True, tag="offers"):
