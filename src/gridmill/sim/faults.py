@@ -143,6 +143,7 @@ class Fault(msgspec.Struct, frozen=True):
                 await asyncio.sleep(min(seconds, 4.0))
                 network.store.trouble = lambda: None
             case "clock":
+                world.clock_jumped = True
                 world.network.wall_ahead_seconds += (-5.0, 3.0, 12.0)[self.choice % 3]
             case "everybody":
                 for node in world.nodes:

@@ -34,7 +34,9 @@ class World:
         self.calls: list[Call] = []
         self.networks: list[Network] = []
         self.lines: list[Line] = []
-        self.network_hung = False  # for once, so that leases may have ended under it
+        # Which of the faults happened after which leases may have ended, or something may not be on disk.
+        self.network_hung = False
+        self.clock_jumped = False
         self.disk_failed = False
         self.partitioned: dict[SimNode, tuple[bool, bool]] = {}
         self._heartbeat_seconds = heartbeat_seconds
