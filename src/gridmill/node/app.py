@@ -214,6 +214,7 @@ class _Serving:
         self._engine = engine
         self._outbox = outbox
         self._price = settings.asked_price
+        self._region = settings.region or ""
         self._ready: Ready | None = ready
         self._asked = asked
         self._between_links = asyncio.Event()
@@ -258,7 +259,7 @@ class _Serving:
         try:
             async with (
                 agent_on(
-                    [self._engine], conversation, outbox=self._outbox, price=self._price, region=self._settings.region
+                    [self._engine], conversation, outbox=self._outbox, price=self._price, region=self._region
                 ) as agent,
                 asyncio.TaskGroup() as group,
             ):
