@@ -139,7 +139,17 @@ async def _ended(world: World) -> list[str]:
     for program in programs:
         problems += [f"{program.name} left a task: {task!r}" for task in program.tasks()]
         problems += [f"{program.name} left a timer: {timer!r}" for timer in _timers_of(world.loop, program)]
-    return problems
+    return problems + await _started_again(world)
+
+
+async def _started_again(world: World) -> list[str]:
+    """Another life of the network finds no work to settle. It ends leases that a failing disk had made unknown."""
+    network = await world.start_network()
+    await network.ready.wait()
+    found = network.recovered
+    network.stop(drain_seconds=0.0)
+    await network.stopped.wait()
+    return [f"a network that ended well left {found} works to settle"] if found else []
 
 
 def _timers_of(loop: VirtualLoop, program: Program) -> list[Any]:
@@ -251,9 +261,10 @@ def _bill(world: World, call: Call, paid: Paid, some_were_lost: bool) -> list[st
         if paid.tokens < due:
             problems.append(f"{name} was billed {paid.tokens} of {due} ids that had long been delivered at the kill")
     if paid.leaves and call.node_ids and not given_away:
-        # The user pays by the price of the first node that gave it anything.
+        # The user pays by the price of the first node that made something of what it was given.
         terms = PriceRow("", paid.leaves[0].price, FeePolicy())
-        most = _cost(terms, len(call.work.prompt) // 4, 0, paid.tokens)
+        possible = [terms] if paid.tokens else [world.price_of(node_id) for node_id in call.node_ids]
+        most = max(_cost(row, len(call.work.prompt) // 4, 0, paid.tokens) for row in possible)
         if paid.charged > most:
             problems.append(f"{name} was charged {paid.charged}, its {paid.tokens} ids cost at most {most}")
         if call.end in FINISHED:

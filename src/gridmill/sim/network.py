@@ -85,6 +85,7 @@ class Network:
         self.wall_ahead_seconds = 0.0
         self.killed_at = math.inf
         self.leaving = False
+        self.recovered = 0  # works that an earlier life had left
         self._loop = loop
         self._random = random
         self._receipts = receipts
@@ -247,7 +248,7 @@ class Network:
                     ("names", registry.watch()),
                 )
             ]
-            await books.recover()
+            self.recovered = await books.recover()
             self.ready.set()
             await self._stop.wait()
             parts.dispatcher.stop_admitting()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from random import Random
 
 from gridmill.network import ledger
+from gridmill.network.metering import FeePolicy, PriceRow
 from gridmill.network.operator import MIGRATIONS
 from gridmill.network.settlement import Payer
 from gridmill.sim.cables import Line
@@ -79,6 +80,11 @@ class World:
         node = SimNode(build, self.loop, self.seed, self, owner)
         self.nodes.append(node)
         return node
+
+    def price_of(self, node_id: str) -> PriceRow:
+        """What a node asks, with the fee of the simulated networks."""
+        price = next(node.build.price for node in self.nodes if node.node_id == node_id)
+        return PriceRow("", price, FeePolicy())
 
     def connect(self, node: SimNode) -> Line | None:
         if not self.networks or not self.network.listening:
