@@ -14,16 +14,20 @@ from __future__ import annotations
 import hashlib
 import heapq
 import math
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_left, bisect_right
 
 import msgspec
 
-PROMISES_MAX = 4096  # open ones of a class; each takes 500 bytes
+PROMISES_MAX = 4096  # open ones of a class, divided among its accounts; each takes 500 bytes
+ACCOUNTS_REMEMBERED = 1024  # without a promise: how many of theirs were taken up
+ACCOUNT_PROMISES_MIN = 16  # for each account, however many there are
 PROMISE_SECONDS_MAX = 300.0  # nobody knows what will be further ahead
 MOMENTS_TRIED = 60  # each a second after the one before
 EARLY_SECONDS = 0.05  # clocks and timers may differ by this
 LATE_SECONDS = 0.3  # and who comes back needs this long to do so
+MISSED_SECONDS = 2.0  # who has not come by then is counted as not coming
 VALID_SECONDS = 30.0  # who comes later than this after its moment is a newcomer
+CLAIM_SECONDS = 0.01  # what was counted holds for
 AHEAD_SECONDS = (0.0, 0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.0)  # how far ahead places are kept free
 KEPT_MEMORY = 0.1  # weight of the newest one in the share that come back
 KEPT_LEAST = 0.1
@@ -47,16 +51,16 @@ class Promise:
         self.made = made
         self.due = made
         self.works = 0
-        self.awaited = False  # its moment is among the `dues`
-        self.came = False
+        self.awaited = False  # its moment is among the account's `dues`
+        self.missed: bool | None = None  # None: its moment has not passed
 
 
 class _Account:
-    def __init__(self) -> None:
+    def __init__(self, kept: float) -> None:
         self.weight = 1
         self.open = 0
         self.dues: list[float] = []  # of the works that are to come, sorted
-        self.kept = 1.0  # the share of its promises for which somebody came
+        self.kept = kept  # the share of its promises for which somebody came
 
 
 class Promises:
@@ -64,11 +68,12 @@ class Promises:
 
     def __init__(self) -> None:
         self._open: dict[tuple[str, bytes], Promise] = {}
-        self._dues: list[float] = []  # of the works that are to come, sorted
-        self._lapses: list[tuple[float, int, Promise]] = []  # a heap: when which one may be forgotten
+        self._lapses: list[tuple[float, int, Promise]] = []  # a heap: when which one is missed, and when forgotten
         self._number = 0
         self._accounts: dict[str, _Account] = {}
-        self._kept = 0.5  # as that of an account
+        self._kept = 1.0  # what an account begins with
+        self._claimed = 0
+        self._claimed_until = -math.inf
 
     def __len__(self) -> int:
         return len(self._open)
@@ -83,8 +88,8 @@ class Promises:
             return None
         if promise.awaited:
             self._await_no_more(promise)
-        if not promise.came:
-            self._count(promise, 1.0)
+        if promise.missed is None:
+            self._count(promise, missed=False)
         return promise
 
     def make(
@@ -113,14 +118,19 @@ class Promises:
             return max(promise.due, now)  # it came early
         account = self._accounts.get(account_id)
         if account is None:
-            account = self._accounts[account_id] = _Account()
+            if len(self._accounts) >= ACCOUNTS_REMEMBERED:
+                self._accounts = {name: each for name, each in self._accounts.items() if each.open}
+            account = self._accounts[account_id] = _Account(self._kept)
         account.weight = weight
-        weights = sum([each.weight for each in self._accounts.values() if each.open or each is account])
+        holders = [each for each in self._accounts.values() if each.open or each is account]
+        weights = sum([each.weight for each in holders])
         spacing = apart * weights / weight * max(KEPT_LEAST, account.kept)
+        share = msgspec.structs.replace(pace, per_second=pace.per_second * weight / weights)
         # Those that were promised to it before come first. As works, not as seconds: the class may become faster.
         before = len(account.dues) - bisect_left(account.dues, now)
-        due = self._moment(now, earliest + (before + 1) * spacing, pace)
-        if due - now > PROMISE_SECONDS_MAX or len(self._open) >= PROMISES_MAX:
+        due = _moment(account, now, earliest + (before + 1) * spacing, share)
+        limit = max(ACCOUNT_PROMISES_MIN, PROMISES_MAX // len(holders))
+        if due - now > PROMISE_SECONDS_MAX or account.open >= limit:
             return None
         if promise is None:
             promise = self._open[key] = Promise(key, account, now)
@@ -139,7 +149,7 @@ class Promises:
 
     def put_off(self, promise: Promise, *, now: float, earliest: float, pace: Pace) -> float:
         """It could not be kept: the next free moment is its own, before all others of its account."""
-        due = self._moment(now, earliest, pace)
+        due = _moment(promise.account, now, earliest, pace)
         if self._open.get(promise.key) is promise:
             if promise.awaited:
                 self._await_no_more(promise)
@@ -148,70 +158,85 @@ class Promises:
 
     def claim(self, now: float, pace: Pace) -> int:
         """How many places are to be kept free for those who are about to come."""
-        if not self._dues:
+        if not self._open:
             return 0
         self._forget(now)
-        before = bisect_left(self._dues, now - LATE_SECONDS)
+        if self._claimed_until > now:
+            return self._claimed
+        accounts = [each for each in self._accounts.values() if each.dues]
         most = 0.0
-        for ahead in AHEAD_SECONDS:
-            coming = (bisect_right(self._dues, now + ahead) - before) * self._kept
+        for ahead in AHEAD_SECONDS if accounts else ():
+            coming = sum([each.kept * _within(each.dues, now - LATE_SECONDS, now + ahead) for each in accounts])
             freed = pace.per_second * (ahead + pace.patience_seconds)
             most = max(most, coming - max(0.0, freed - LUCKLESS_ROOTS * math.sqrt(freed)))
-        return int(most + 0.3)
-
-    def _moment(self, now: float, earliest: float, pace: Pace) -> float:
-        """A whole number of seconds from now, as `Retry-After` is, at which few enough others come too."""
-        due = now + max(1, math.ceil(earliest - now))
-        # At once no more may come than get a place while they wait, and in a second no more than there are places.
-        limits = (
-            (0.05, max(1.0, pace.per_second * pace.patience_seconds * AT_ONCE_SHARE)),
-            (0.5, max(1.0, pace.per_second)),
-        )
-        for _ in range(MOMENTS_TRIED):
-            if all([self._dues_within(due - width, due + width) < limit for width, limit in limits]):
-                break
-            due += 1.0
-        return due
-
-    def _dues_within(self, start: float, end: float) -> int:
-        return bisect_right(self._dues, end) - bisect_left(self._dues, start)
+        self._claimed, self._claimed_until = int(most + 0.3), now + CLAIM_SECONDS
+        return self._claimed
 
     def _await(self, promise: Promise, due: float) -> None:
         promise.due = due
         promise.awaited = True
-        for _ in range(promise.works):
-            insort(self._dues, due)
-            insort(promise.account.dues, due)
-        self._number += 1
-        heapq.heappush(self._lapses, (due + VALID_SECONDS, self._number, promise))
+        dues = promise.account.dues
+        first = bisect_left(dues, due)
+        dues[first:first] = [due] * promise.works
+        self._claimed_until = -math.inf
+        self._look_again(promise, due + MISSED_SECONDS)
 
     def _await_no_more(self, promise: Promise) -> None:
         promise.awaited = False
-        for dues in (self._dues, promise.account.dues):
-            first = bisect_left(dues, promise.due)
-            del dues[first : first + promise.works]
+        dues = promise.account.dues
+        first = bisect_left(dues, promise.due)
+        del dues[first : first + promise.works]
+        self._claimed_until = -math.inf
+
+    def _look_again(self, promise: Promise, moment: float) -> None:
+        self._number += 1
+        heapq.heappush(self._lapses, (moment, self._number, promise))
 
     def _close(self, promise: Promise) -> None:
         del self._open[promise.key]
         promise.account.open -= 1
         if promise.awaited:
             self._await_no_more(promise)
-        if not promise.came:
-            self._count(promise, 0.0)
 
-    def _count(self, promise: Promise, kept: float) -> None:
-        promise.came = True
+    def _count(self, promise: Promise, *, missed: bool) -> None:
+        promise.missed = missed
+        kept = 0.0 if missed else 1.0
         promise.account.kept += KEPT_MEMORY * (kept - promise.account.kept)
         self._kept += KEPT_MEMORY * (kept - self._kept)
 
     def _forget(self, now: float) -> None:
         while self._lapses and self._lapses[0][0] < now:
             promise = heapq.heappop(self._lapses)[2]
-            # It may have been kept, or been put off and lapse later.
-            if self._open.get(promise.key) is promise and promise.due + VALID_SECONDS < now:
+            if self._open.get(promise.key) is not promise or now < promise.due + MISSED_SECONDS:
+                continue  # it was kept, or put off: then it is looked at again
+            if now >= promise.due + VALID_SECONDS:
                 self._close(promise)
-        if not self._open and self._accounts:
-            self._accounts.clear()
+                continue
+            if promise.missed is None:
+                self._count(promise, missed=True)
+            if promise.awaited:
+                self._await_no_more(promise)
+            self._look_again(promise, promise.due + VALID_SECONDS)
+
+
+def _moment(account: _Account, now: float, earliest: float, pace: Pace) -> float:
+    """A whole number of seconds from now, as `Retry-After` is, at which few enough others of this account come too."""
+    due = now + max(1, math.ceil(earliest - now))
+    # At once no more may come than get a place while they wait, and in a second no more than there are places.
+    kept = max(KEPT_LEAST, account.kept)
+    limits = (
+        (0.05, max(1.0, pace.per_second * pace.patience_seconds * AT_ONCE_SHARE / kept)),
+        (0.5, max(1.0, pace.per_second / kept)),
+    )
+    for _ in range(MOMENTS_TRIED):
+        if all([_within(account.dues, due - width, due + width) < limit for width, limit in limits]):
+            break
+        due += 1.0
+    return due
+
+
+def _within(sorted_moments: list[float], start: float, end: float) -> int:
+    return bisect_right(sorted_moments, end) - bisect_left(sorted_moments, start)
 
 
 def _key(account_id: str, prompt: bytes) -> tuple[str, bytes]:
