@@ -20,6 +20,7 @@ import socket
 import struct
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -326,6 +327,16 @@ class Fleet:
     def status(self) -> dict[str, Any]:
         found: dict[str, Any] = call(self.folder, "status")
         return found
+
+    def busiest(self) -> Node:
+        """The node with the most works."""
+        return self.node(max(self.status()["nodes"], key=lambda node: node["running"])["node_id"])
+
+    def moves(self) -> int:
+        """How many works have left a node before their end."""
+        with urllib.request.urlopen(self.url.removesuffix("/v1") + "/metrics") as answer:
+            lines = answer.read().decode().splitlines()
+        return round(sum(float(line.split()[-1]) for line in lines if line.startswith("gridmill_moves_total{")))
 
     def serving(self) -> set[str]:
         """Ids of the nodes that may be given work now."""

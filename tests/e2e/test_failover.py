@@ -18,7 +18,7 @@ from faults import Asked, FaultKind, Fleet, Node, fleet, random_model
 from programs import Stream, gridmill, until
 
 TOKENS = 200
-SLOW = ["--engine", "echo", "--echo-tokens-per-second", "50"]
+SLOW = ["--engine", "echo", "--echo-tokens-per-second", "150"]
 PRICE = "50/400"
 # A clock for stalls that makes these tests short; what it measures against is the same as ever.
 IMPATIENT = ["--stall-gap-seconds", "0.5", "--stall-first-token-seconds", "0.5"]
@@ -33,10 +33,10 @@ def exact(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         yield made
 
 
-@pytest.fixture
-def echo(tmp_path: Path) -> Iterator[Fleet]:
+@pytest.fixture(scope="module")
+def echo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """Two slow echo nodes, whose ids give a wrong resume away."""
-    with fleet(tmp_path, *IMPATIENT, price=PRICE, credit=10) as made:
+    with fleet(tmp_path_factory.mktemp("echo"), *IMPATIENT, price=PRICE, credit=10) as made:
         made.add(2, *SLOW)
         yield made
 
@@ -112,23 +112,20 @@ def test_in_peace_an_answer_is_the_same_twice(exact: Fleet, in_peace: list[Asked
     same(exact.ask([one.again() for one in in_peace]), in_peace)
 
 
-@pytest.mark.parametrize("fault", ["stop", "cut", "freeze", "drain", "kill"])
+@pytest.mark.parametrize("fault", ["stop", "cut", "freeze", "kill"])
 def test_no_fault_changes_ids_text_log_probabilities_usage_or_price(
     exact: Fleet, in_peace: list[Asked], fault: FaultKind
 ) -> None:
     exact.heal()
-    seed = random.randrange(1 << 30)
-    print(f"seed {seed}")
-    after = random.Random(seed).randrange(2, 3 * TOKENS // 4)
+    after = random.randrange(2, 3 * TOKENS // 4)
     broken = [one.again() for one in in_peace]
 
     async def strike() -> None:
-        first = await broken[0].reached(after)
-        await struck(exact.node(first.first_node), fault)
+        await broken[0].reached(after)
+        await struck(exact.busiest(), fault)
 
     exact.ask(broken, strike)
-    moved = [one for one in broken if one.body.get("n", 1) == 1 and len(one.nodes) == 2]
-    assert broken[0] in moved and len({one.streamed for one in moved}) == 2
+    assert [one for one in broken if one.body.get("n", 1) == 1 and len(one.nodes) == 2], f"{fault} after {after} ids"
     same(broken, in_peace)
 
 
@@ -138,16 +135,17 @@ def test_no_fault_changes_ids_text_log_probabilities_usage_or_price(
 def test_a_reader_who_pauses_and_a_prefill_of_five_seconds_are_no_reasons_to_move(tmp_path: Path) -> None:
     with fleet(tmp_path, "--stall-gap-seconds", "0.3") as patient:
         patient.add(2, "--engine", "echo", "--echo-delay-seconds", "5", "--echo-tokens-per-second", "2000")
-        asked = {"model": patient.model, "prompt": prompt(0), "max_tokens": 900, "logprobs": 20, "seed": 7}
-        slow = Stream(patient.url, patient.key, **asked)  # of more bytes than fit into socket buffers
+        chat = {"messages": [{"role": "user", "content": "Hello"}], "logprobs": True, "top_logprobs": 20}
+        # Of more bytes than fit into all the sockets on their way.
+        slow = Stream(patient.url, patient.key, model=patient.model, max_tokens=900, n=8, seed=7, **chat)
         others = patient.ask([stream(1), stream(2, stream=False)])
         assert all(one.done and len(one.nodes) == 1 for one in others)
         assert slow.event()
         time.sleep(3)  # ten times what a node is given
-        assert patient.status()["works_running"] == 1
+        assert patient.status()["works_running"] == 8
         events = slow.events()
-        assert "error" not in events[-1] and len(events[-1]["gridmill"]["nodes"]) == 1
-        assert sum(len(choice["logprobs"]["tokens"]) for e in events for choice in e["choices"] if choice["text"]) > 800
+        assert "error" not in events[-1] and patient.moves() == 0
+        assert [choice["finish_reason"] for e in events for choice in e["choices"]].count("length") == 8
 
 
 # ---------------------------------------------------------------- moving, and moving again
@@ -155,7 +153,8 @@ def test_a_reader_who_pauses_and_a_prefill_of_five_seconds_are_no_reasons_to_mov
 
 @pytest.mark.parametrize("fault", ["stop", "freeze"])
 def test_what_a_node_says_after_its_work_moved_changes_nothing(echo: Fleet, fault: FaultKind) -> None:
-    whole = echo.ask([stream(i) for i in range(4)])
+    echo.heal()
+    whole = echo.ask([stream(i, max_tokens=400) for i in range(4)])
     broken = [one.again() for one in whole]
 
     async def strike() -> None:
@@ -173,49 +172,46 @@ def test_what_a_node_says_after_its_work_moved_changes_nothing(echo: Fleet, faul
     same(echo.ask([one.again() for one in whole]), whole)
 
 
-def test_sixteen_streams_that_one_kill_breaks_cost_what_they_cost_and_both_sides_sign_it(echo: Fleet) -> None:
-    whole = echo.ask([stream(i, stream=i % 4 > 0) for i in range(16)])
-    broken = [one.again() for one in whole]
+def test_sixteen_streams_that_one_kill_breaks_cost_what_they_cost_and_both_sides_sign_it(tmp_path: Path) -> None:
+    with fleet(tmp_path, *IMPATIENT, price=PRICE, credit=10) as priced:
+        priced.add(2, *SLOW)
+        whole = priced.ask([stream(i, stream=i % 4 > 0) for i in range(16)])
+        broken = [one.again() for one in whole]
 
-    async def strike() -> None:
-        await asyncio.gather(*(one.reached(20) for one in broken if one.streamed))
-        await struck(echo.node(broken[1].first_node), "kill")
+        async def strike() -> None:
+            await asyncio.gather(*(one.reached(20) for one in broken if one.streamed))
+            await struck(priced.busiest(), "kill")
 
-    echo.ask(broken, strike)
-    assert sum(len(one.nodes) == 2 for one in broken) >= 4
-    same(broken, whole)
-    echo.heal()
-    spent = sum(one.usage["cost_nanocredits"] for one in (*whole, *broken))
-    assert spent == 32 * (20 * 50 + TOKENS * 400) * 105 // 100
-    sound_books(echo, spent)
+        priced.ask(broken, strike)
+        assert sum(len(one.nodes) == 2 for one in broken) >= 8
+        same(broken, whole)
+        priced.heal()
+        spent = sum(one.usage["cost_nanocredits"] for one in (*whole, *broken))
+        assert spent == 32 * (20 * 50 + TOKENS * 400) * 105 // 100
+        sound_books(priced, spent)
 
 
-def sound_books(broken: Fleet, spent: int) -> None:
-    """Nothing is held, the ledger adds up, and every node has signed for what the network owes it."""
+def sound_books(ended: Fleet, spent: int) -> None:
+    """Every node has signed for what the network owes it, nothing is held, and the ledger adds up. Ends the fleet."""
 
     def operate(*command: str) -> Any:
-        return json.loads(gridmill(*command, "--json", "--data", broken.folder))
-
-    def balances() -> dict[str, int]:
-        return {row["ledger_account"]: row["balance_nanocredits"] for row in operate("ledger", "balance")}
+        return json.loads(gridmill(*command, "--json", "--data", ended.folder))
 
     def exported(of: str, data: Path) -> Path:
-        path = broken.here.folder / f"{data.name}.receipts"
+        path = ended.here.folder / f"{data.name}.receipts"
         gridmill("receipts", "export", "--data", data, "--of", of, "-o", path)
         return path
 
-    def held() -> int:
-        return sum(n for account, n in balances().items() if account == "escrow:request" or account.endswith(":hold"))
-
-    until(lambda: not held())
-    found = balances()
+    until(lambda: not verified([exported("network", ended.folder)])["files"][0]["not_countersigned"])
+    for program in (*(node.program for node in ended.nodes), ended.network):
+        assert program.interrupt() == 0
+    said = verified([exported("network", ended.folder), *(exported("node", node.data) for node in ended.nodes)])
+    assert said["sound"] and not said["problems"]
+    found = {row["ledger_account"]: row["balance_nanocredits"] for row in operate("ledger", "balance")}
     assert operate("ledger", "check")["problems"] == [] and sum(found.values()) == 0
+    assert not any(n for account, n in found.items() if account == "escrow:request" or account.endswith(":hold"))
     [left] = [n for account, n in found.items() if account.startswith("user:") and account.endswith(":available")]
     assert left == 10 * 10**9 - spent
-    until(lambda: not verified([exported("network", broken.folder)])["files"][0]["not_countersigned"])
-    files = [exported("network", broken.folder), *(exported("node", node.data) for node in broken.nodes)]
-    said = verified(files)
-    assert said["sound"] and not said["problems"]
     pay = sum(n for account, n in found.items() if account.startswith("provider:"))
     assert pay == sum(side["pay_nanocredits"] for side in said["files"][1:]) == said["files"][0]["pay_nanocredits"]
 
@@ -225,7 +221,8 @@ def verified(files: list[Path]) -> Any:
 
 
 def test_a_node_that_is_told_to_leave_hands_its_streams_over_and_is_gone_at_once(echo: Fleet) -> None:
-    whole = echo.ask([stream(i, max_tokens=400) for i in range(4)])
+    echo.heal()
+    whole = echo.ask([stream(i, max_tokens=900) for i in range(4)])
     broken = [one.again() for one in whole]
     left: list[bool] = []
 
@@ -257,24 +254,23 @@ def test_where_there_is_but_one_node_a_stream_waits_for_it_to_come_back(tmp_path
 
 
 def test_after_three_moves_the_caller_is_told_and_pays_for_what_came(echo: Fleet) -> None:
-    asked = stream(0, max_tokens=900)
-    plain = stream(1, max_tokens=900, stream=False)
+    echo.heal()
     whole = echo.ask([stream(0, max_tokens=900)])[0]
+    asked, plain = stream(0, max_tokens=900), stream(1, max_tokens=900, stream=False)
     breaks = 0
 
     async def strike() -> None:
         nonlocal breaks
-        while not (asked.ended and plain.ended):
+        while True:
             await asked.reached(len(asked.moments) + 15)
-            if asked.ended and plain.ended:
-                break
+            if asked.ended:
+                return
             for node in echo.nodes:
                 node.cable.cut()
             breaks += 1
-            await asyncio.sleep(1.0)  # nodes dial again within half a second, at first
 
     echo.ask([asked, plain], strike)
-    assert breaks >= 4
+    assert breaks == 4
     assert asked.status == 200 and not asked.done and asked.error is not None
     assert asked.error["code"] == "node_lost"
     assert plain.status == 502 and plain.error is not None and plain.error["code"] == "node_lost"
