@@ -448,7 +448,7 @@ class _Line:
             return seconds
         earliest = now + self.wait_behind(ahead)
         if kept_not is not None:
-            return self.promises.put_off(kept_not, now=now, earliest=earliest, pace=pace) - now
+            return round(self.promises.put_off(kept_not, now=now, earliest=earliest, pace=pace) - now, 3)
         share = self._shares[asking.account_id]
         due = self.promises.make(
             asking.account_id,
@@ -460,7 +460,7 @@ class _Line:
             weight=asking.weight,
             pace=pace,
         )
-        return RETRY_AFTER_SECONDS_MAX if due is None else max(RETRY_AFTER_SECONDS_MIN, due - now)
+        return RETRY_AFTER_SECONDS_MAX if due is None else max(RETRY_AFTER_SECONDS_MIN, round(due - now, 3))
 
     def _apart(self, share: _Share) -> float:
         """By how many of the class's works those of this account lie apart, were it alone: closer when it is behind."""
