@@ -19,7 +19,7 @@ import msgspec
 from gridmill.network.accounts import KeyId
 from gridmill.network.admission import Admission, Asking, Overloaded, Ticket
 from gridmill.network.books import Books, Order
-from gridmill.network.faults import CallerFault, NodeFault, NoRoom
+from gridmill.network.faults import CallerFault, NodeFault, NoRoom, stopping
 from gridmill.network.journey import Emit, Journey, Left, Observer, Outcome, Patience, Placed, Unwanted
 from gridmill.network.links import Links, NodeLink
 from gridmill.network.metering import FREE, subsidy_most
@@ -169,9 +169,7 @@ class Dispatcher:
         waits_for_a_node = journey.begun and self._admission.resume_timeout_seconds > 0
         while True:
             if self._stopping and not journey.begun:
-                raise NoRoom(
-                    "stopping", "this network is shutting down: try again shortly", RETRY_AFTER_NO_NODE_SECONDS
-                )
+                raise stopping()
             try:
                 await ticket.turn(urgent=journey.begun)
             except Overloaded as overloaded:

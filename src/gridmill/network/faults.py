@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+RETRY_AFTER_STOPPING_SECONDS = 10.0  # a network that restarts is back by then
+
 
 class Fault(Exception):
     """Base of all endings that are somebody's fault."""
@@ -47,6 +49,10 @@ class NoRoom(Fault):
         self.code = code
         self.detail = detail
         self.retry_after_seconds = retry_after_seconds
+
+
+def stopping() -> NoRoom:
+    return NoRoom("stopping", "this network is shutting down: try again shortly", RETRY_AFTER_STOPPING_SECONDS)
 
 
 class Enough(Exception):

@@ -18,7 +18,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from gridmill.network.books import Books, Order
-from gridmill.network.faults import Enough, NodeFault
+from gridmill.network.faults import Enough, NodeFault, stopping
 from gridmill.network.links import LinkLost, NodeLeaves, NodeLink, NodeSilent, NodeStream
 from gridmill.network.metering import FREE, PriceRow, Usage, subsidy_most
 from gridmill.network.registry import NodeRecord, Registry
@@ -234,6 +234,10 @@ class Journey:
             node_link.cancel(stream, self.delivered)
             raise self._leave(record, lie.code, lie.detail) from None
         except LinkLost as lost:
+            if lost.stopping:
+                # It is the network that leaves: the node did nothing wrong, and is paid for all that it did.
+                self._books.unserve(order, forfeits=False)
+                raise stopping() from None
             return self._broken(stream, record, "node_lost", f"the node was lost ({lost})")
         except NodeSilent as silence:
             node_link.cancel(stream, self.delivered)

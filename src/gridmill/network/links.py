@@ -82,7 +82,11 @@ class NoReceipts:
 
 
 class LinkLost(Exception):
-    """The conversation ended while a work or a transfer was on it."""
+    """The conversation ended while a work or a transfer was on it. `stopping`: because this network stops."""
+
+    def __init__(self, why: str, *, stopping: bool = False) -> None:
+        super().__init__(why)
+        self.stopping = stopping
 
 
 class NodeSilent(Exception):
@@ -104,7 +108,7 @@ class NodeStream:
         self.number = number
         self.reply: Accept | Refuse | None = None
         self.end: End | None = None
-        self.lost: str | None = None
+        self.lost: LinkLost | None = None
         self._emissions: list[Emission] = []
         self._loop = asyncio.get_running_loop()
         self._wake: asyncio.Future[None] | None = None
@@ -133,7 +137,7 @@ class NodeStream:
         """What the node said to the offer. Raises LinkLost, or NodeSilent when it says nothing for that long."""
         while self.reply is None:
             if self.lost is not None:
-                raise LinkLost(self.lost)
+                raise self.lost
             await self._roused_within(patience_seconds)
         return self.reply
 
@@ -146,7 +150,7 @@ class NodeStream:
             if self.end is not None:
                 return []
             if self.lost is not None:
-                raise LinkLost(self.lost)
+                raise self.lost
             if self._nudged:
                 self._nudged = False
                 raise NodeLeaves
@@ -225,8 +229,8 @@ class NodeStream:
             self.reply = refusal
         self._close()
 
-    def lose(self, why: str) -> None:
-        self.lost = why
+    def lose(self, lost: LinkLost) -> None:
+        self.lost = lost
         self._close()
 
     def _close(self) -> None:
@@ -412,7 +416,7 @@ class NodeLink:
     def _lose(self, closed: Closed) -> None:
         why = str(closed)
         for stream in tuple(self._streams.values()):
-            stream.lose(why)
+            stream.lose(LinkLost(why, stopping=self._links.stopping))
         for transfer in self._transfers.values():
             if not transfer.done.done():
                 transfer.done.set_exception(LinkLost(why))
@@ -458,6 +462,7 @@ class Links:
         self._latest_offers: dict[NodeLink, _Wanted] = {}
         self._considering: set[NodeLink] = set()
         self._idle_waiters: list[asyncio.Future[None]] = []
+        self.stopping = False
 
     async def idle(self) -> None:
         """Returns when no work is on any node."""
@@ -671,6 +676,7 @@ class Links:
                 node_link.conversation.close(Reason.JOIN_REFUSED, "the token that this node came with was revoked")
 
     def say_goodbye(self, reason: Reason, detail: str) -> None:
+        self.stopping = True
         for node_link in tuple(self._all):
             node_link.conversation.close(reason, detail)
 

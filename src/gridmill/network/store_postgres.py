@@ -80,6 +80,7 @@ ENDED = (
     asyncpg.CrashShutdownError,
     asyncpg.CannotConnectNowError,
     asyncpg.IdleInTransactionSessionTimeoutError,
+    asyncpg.InternalClientError,  # its own state is muddled, which a server that kills sessions can bring about
     OSError,
 )
 # It refuses for a while, and has undone what it refused: a full disk, a server that became a replica, a cancel by hand.

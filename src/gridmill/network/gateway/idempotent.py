@@ -15,7 +15,7 @@ import msgspec
 
 from gridmill.network.books import Books, Order, Unavailable
 from gridmill.network.dispatch import Dispatcher
-from gridmill.network.faults import Enough, NodeFault, NoRoom
+from gridmill.network.faults import Enough, NodeFault, stopping
 from gridmill.network.gateway.asgi import ApiError
 from gridmill.network.gateway.exchange import Exchange
 from gridmill.network.gateway.rendering import Choice, Format
@@ -102,7 +102,7 @@ class SharedAnswers:
                 raise KeyReused
             return recording
         if self._closing:
-            raise _stopping()
+            raise stopping()
         recording = Recording(asked.body_hash)
         self._spawn(self._make(slot, recording, asked, making))
         self._table.recordings[slot] = recording
@@ -124,10 +124,10 @@ class SharedAnswers:
         self._tasks.add(task)
         try:
             if self._closing:
-                raise _stopping()  # asked for in the moment before, and begun after it
+                raise stopping()  # asked for in the moment before, and begun after it
             await self._fill(recording, asked, making)
         except asyncio.CancelledError:
-            recording.fail(making.explain(_stopping()))
+            recording.fail(making.explain(stopping()))
             raise
         except Exception as error:  # noqa: BLE001 - whatever went wrong is for the readers to tell
             recording.fail(making.explain(error))
@@ -275,10 +275,6 @@ def _replay(recording: Recording, whole: Whole, scored: bool) -> None:
         track.outcome = _outcome(part, kind)
     recording.begun = recording.whole = True
     recording.changed()
-
-
-def _stopping() -> NoRoom:
-    return NoRoom("stopping", "this network is shutting down: try again shortly", 10)
 
 
 def first_cause(failures: BaseExceptionGroup[BaseException]) -> BaseException:
