@@ -46,6 +46,7 @@ NETWORK = Identity(b"n" * 32)
 NODE_KEYS = [Identity(bytes([n]) * 32) for n in (1, 2)]
 NODE_IDS = [node_id_of(key.public) for key in NODE_KEYS]
 ROW = PriceRow("price-1", Price(50, 10, 400), FeePolicy())
+CHEAPER = PriceRow("price-2", Price(20, 5, 100), FeePolicy())  # of a node that goes on with what another left
 ALICE, BOB = Payer("alice", "key-1"), Payer("alice", "key-2", has_budget=True)
 INPUT_TOKENS, MAX_TOKENS = 10, 8
 POSTGRES_EVERY = 53  # of the points: a database of its own for each takes a while
@@ -211,24 +212,31 @@ class Scenario:
         long = await self.begin("long")
         free = await self.begin("free", row=FREE)
         moved = await self.begin("moved")
+        handed = await self.begin("handed")
         short = await self.begin("short")
         self.deliver(short, 5)
+        self.deliver(handed, 3)
         self.settle(short)
         await self.on_disk()
         self.deliver(long, 2)
         self.deliver(free, 3)
         self.books.unserve(moved)  # its first node failed; another goes on with what is held
         self.serve(moved, ROW, 1)
+        self.books.unserve(handed)  # its node broke off after three ids; a cheaper one goes on
+        self.serve(handed, CHEAPER, 1)
         budget = await self.begin("budget", payer=BOB, node=1)
         nobody = await self.admitted("nobody")
         self.books.release(nobody)
         await self.on_disk()
         self.deliver(moved, 1)
+        self.deliver(handed, 2)
         self.deliver(long, 4)
         cut = await self.begin("cut")
         self.deliver(cut, 6)
         await self.on_disk()
         self.settle(cut, keep=4)  # a stop string was found
+        self.books.unserve(handed, forfeits=False)  # it drains, and keeps its pay for the prompt
+        self.serve(handed, ROW, 0)
         self.settle(long)
         left = await self.begin("left", node=1)
         self.settle(left, "cancelled")
@@ -236,6 +244,8 @@ class Scenario:
         await asyncio.sleep(LEASE_SECONDS / 3)  # the leases are renewed
         self.settle(budget)
         self.settle(free)
+        self.deliver(handed, 1)
+        self.settle(handed)
         await self.on_disk()
         last = await self.begin("last")
         self.deliver(last, 1)
@@ -397,17 +407,22 @@ def audit(
     assert charged == {
         f"work:{leaf.work_id}:{leaf.epoch}": leaf.charge_nanocredits for leaf in leaves if leaf.price_id != "free"
     }
-    by_work = {leaf.work_id: leaf for leaf in leaves}
-    assert len(by_work) == len(leaves), "a work was charged twice"
-    for leaf in leaves:
-        known = works[leaf.work_id]
-        assert leaf.charge_nanocredits <= known["held"]
-        assert leaf.output_tokens <= known["delivered"]
+    by_work: dict[str, list[Leaf]] = {}
+    for leaf in sorted(leaves, key=lambda leaf: leaf.epoch):
+        before = by_work.setdefault(leaf.work_id, [])
+        assert leaf.start == sum(part.output_tokens for part in before), "a part overlaps another, or leaves a gap"
+        assert sum(part.input_tokens for part in before) == 0 or not leaf.input_tokens, "a prompt was paid twice"
+        before.append(leaf)
+    for name, parts in by_work.items():
+        known = works[name]
+        assert len(parts) == 1 or name == "handed", "a work was charged twice"
+        assert sum(part.charge_nanocredits for part in parts) <= known["held"]
+        assert sum(part.output_tokens for part in parts) <= known["delivered"]
     for work_id, output_tokens in journal:
-        assert not output_tokens or by_work[work_id].output_tokens == output_tokens
+        assert not output_tokens or by_work[work_id][-1].output_tokens == output_tokens
     for name, known in works.items():
         if known.get("durable"):
-            paid = by_work[name].charge_nanocredits if name in by_work else 0
+            paid = sum(part.charge_nanocredits for part in by_work.get(name, ()))
             assert paid == known["charge"], f"{name} was settled and on disk"
     for _, node_key, class_id, start, seconds, seq, pay, head, *packed in after["chains"]:
         first = rules.opening(NETWORK.public, bytes(node_key), class_id, start, seconds)
@@ -518,7 +533,20 @@ def killed_in_the_middle(databases: Databases, diary: Path) -> Database:
 def test_killed_at_any_commit_or_await_of_its_life_the_books_are_right_again(
     databases: Databases, tmp_path: Path
 ) -> None:
-    step = 1 if databases.kind == "sqlite" else POSTGRES_EVERY
+    kill_at_every_point(databases, tmp_path, 1 if databases.kind == "sqlite" else POSTGRES_EVERY)
+
+
+@pytest.mark.soak
+def test_killed_at_any_commit_or_await_the_books_are_right_again_on_postgres_too(
+    postgres: PostgresServer, tmp_path: Path
+) -> None:
+    """Every point, which takes minutes there."""
+    databases = Databases(tmp_path, postgres)
+    kill_at_every_point(databases, tmp_path, 1)
+    databases.drop(databases.original)
+
+
+def kill_at_every_point(databases: Databases, tmp_path: Path, step: int) -> None:
     at, killed = 1, True
     while killed:
         diary = tmp_path / f"diary-{at}"
