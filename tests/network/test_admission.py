@@ -386,6 +386,21 @@ def test_a_request_alone_in_a_full_line_is_told_that_it_is_full() -> None:
     play(body, places=1)
 
 
+def test_the_line_moves_on_the_loop_that_networks_run_on() -> None:
+    """uvloop's timers are not asyncio's in everything."""
+    uvloop = pytest.importorskip("uvloop")
+
+    async def body() -> None:
+        world = World(asyncio.get_running_loop(), places=2, queue_places_factor=10)  # type: ignore[arg-type]
+        async with asyncio.TaskGroup() as group:
+            for _ in range(12):
+                group.create_task(world.work(seconds=0.001))
+        assert world.at_rest()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(body())
+
+
 def test_a_turn_that_one_does_not_use_goes_on_to_the_next() -> None:
     async def body(world: World) -> None:
         with world.ticket() as hog, world.ticket() as picky:

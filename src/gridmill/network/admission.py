@@ -363,7 +363,8 @@ class _Line:
         self._floor = 0.0
         self._rate = _Rate(admission.clock())
         self.promises = Promises()
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._wakes_at = 0.0
 
     # ------------------------------------------------------------ what is known
 
@@ -573,11 +574,12 @@ class _Line:
         share.called -= 1
 
     def _wake_later(self, seconds: float = KEPT_FREE_SECONDS) -> None:
-        loop = asyncio.get_running_loop()
-        if self._timer is None or self._timer.when() > loop.time() + seconds:
+        moment = self._admission.clock() + seconds
+        if self._timer is None or self._wakes_at > moment:
             if self._timer is not None:
                 self._timer.cancel()
-            self._timer = loop.call_later(seconds, self.wake)
+            self._timer = asyncio.get_running_loop().call_later(seconds, self.wake)
+            self._wakes_at = moment
 
     def _call(self, ticket: Ticket) -> None:
         self.remove(ticket)
