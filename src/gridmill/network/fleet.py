@@ -17,7 +17,7 @@ from random import Random
 
 import msgspec
 
-from gridmill.network.health import Health, State
+from gridmill.network.health import SLOW_START_SECONDS, Health, State
 from gridmill.network.metering import FREE, PriceRow, Usage, charge
 from gridmill.network.pace import SILENT_SECONDS, Pace
 from gridmill.network.prefixes import Holders, SentPrefixes, Text
@@ -27,6 +27,7 @@ RING_POINTS = 16  # per node: evens out to about a quarter, and bounded load doe
 RING_SHIFT = 20  # the low bits of a ring position say whose it is: a million nodes
 RING_WALK_MAX = 8  # nodes that are passed over because they carry too much
 RING_LOAD_FACTOR = 1.25  # times the class's mean load
+RING_LOAD_MIN = 0.25  # of a node's places: so much is never too much
 WEIGHT_SCALE = 16  # of sampling weights, which are whole numbers so that sums stay exact
 WEIGHT_MAX = 1 << 24
 EJECTED_SHARE_MAX = 0.3  # of a class: when more look ill it is probably not they
@@ -95,6 +96,7 @@ class Member:
         "pace",
         "place",
         "price",
+        "proven",
         "region",
         "round_trip_seconds",
         "sent",
@@ -138,6 +140,7 @@ class Member:
         self.draining = draining
         self.round_trip_seconds = round_trip_seconds
         self.limit = slots
+        self.proven = False  # as the roster has counted it
         self.place = -1  # where in the roster
         self.counted = 0  # its part of the roster's room
         self.weight = 0  # its part of the roster's sampling weights
@@ -187,6 +190,7 @@ class Roster:
         self.weight = 0
         self.here = 0  # members that do not drain
         self.ejected = 0
+        self._proven = 0  # members that have ended something well: beside them others are given little at first
         self.in_flight = 0  # on members that do not drain
         self.places = 0  # sum of their limits
         self.room = 0
@@ -229,9 +233,14 @@ class Roster:
             self._ring.insert(bisect_left(self._ring, point), point)
         member.decided_before = self.decisions
         self._count(member, +1)
+        self.touch(member, now)
         if member.health.state == "open":
             self._schedule(member.health.open_until, member)
-        self.touch(member, now)
+        if member.health.warmth(now) < 1.0:
+            self._schedule(now + SLOW_START_SECONDS / 2, member)
+            self._schedule(now + SLOW_START_SECONDS, member)
+        if member.unsure_at < 0:
+            self._schedule(now + SILENT_SECONDS + 1.0, member)
         self._settle_ejections(now)
 
     def remove(self, member: Member, now: float) -> None:
@@ -248,6 +257,8 @@ class Roster:
         self._weigh(member, 0)
         self._certain(member)
         self._count(member, -1)
+        if member.proven:
+            self._prove(member, False, now)
         self._members[member.place] = None
         self._free_places.append(member.place)
         member.place = -1
@@ -257,7 +268,7 @@ class Roster:
     def _count(self, member: Member, sign: int) -> None:
         """Takes a member into the sums, or out of them."""
         if sign > 0:
-            member.limit = member.health.limit(member.slots)
+            member.limit = self._limit(member)
             member.counted = member.room
         if not member.draining:
             self.here += sign
@@ -306,11 +317,10 @@ class Roster:
     def first_token(self, member: Member, now: float, read_tokens: int, ttft_seconds: float) -> None:
         unloaded = member.pace.read_seconds(read_tokens)
         if member.pace.first_works >= 3:
-            member.health.first_token(ttft_seconds, unloaded, member.in_flight, member.slots)
+            member.health.first_token(now, ttft_seconds, unloaded, member.in_flight, member.slots)
         member.pace.saw_first(now, read_tokens, ttft_seconds)
         self._note_ttft(ttft_seconds, loaded=2 * member.in_flight > member.slots)
         if member.place >= 0:
-            self._schedule(now + SILENT_SECONDS + 1.0, member) if member.unsure_at >= 0 else None
             self.touch(member, now)
 
     def tokens(self, member: Member, now: float, tokens: int, seconds: float) -> None:
@@ -332,7 +342,9 @@ class Roster:
         """Brings what is derived from a member up to date."""
         self._views = None
         health = member.health
-        limit = health.limit(member.slots)
+        if health.proven != member.proven:
+            self._prove(member, health.proven, now)
+        limit = self._limit(member)
         if limit != member.limit:
             if not member.draining:
                 self.places += limit - member.limit
@@ -349,6 +361,19 @@ class Roster:
         elif member.unsure_at >= 0:
             self._certain(member)
             self._schedule(now + SILENT_SECONDS + 1.0, member)
+
+    def _limit(self, member: Member) -> int:
+        return member.health.limit(member.slots, starting=not member.proven and self._proven > 0)
+
+    def _prove(self, member: Member, proven: bool, now: float) -> None:
+        """The first one that has shown itself makes beginners of the others; when the last one goes, nobody is."""
+        member.proven = proven
+        before = self._proven > 0
+        self._proven += 1 if proven else -1
+        if before != (self._proven > 0):
+            for other in self:
+                if not other.proven and other is not member:
+                    self.touch(other, now)
 
     def _weight_of(self, member: Member, now: float) -> int:
         health = member.health
@@ -429,7 +454,7 @@ class Roster:
         ring = self._ring
         if not ring:
             return None
-        bound = RING_LOAD_FACTOR * (self.in_flight + 1) / max(1, self.places)
+        bound = max(RING_LOAD_MIN, RING_LOAD_FACTOR * (self.in_flight + 1) / max(1, self.places))
         at = bisect_left(ring, int.from_bytes(key[:4], "big") << RING_SHIFT)
         passed: set[int] = set()
         mask = (1 << RING_SHIFT) - 1

@@ -34,6 +34,9 @@ TTFT_TOLERANCE = 2.0  # times its unloaded time to the first token: batching cos
 TTFT_NOISE_SECONDS = 0.25  # less than this above it is noise, however many times it is
 TTFT_MEMORY = 0.2
 SHRINK_MIN = 0.8  # at most a fifth is cut at once
+CUT_PAUSE_SECONDS = 1.0
+STARTING_WORKS = 4  # at once on a node that has ended nothing well yet, where others have
+STARTING_SHARE = 8  # or an eighth of its slots, where that is more
 
 
 class Health:
@@ -45,6 +48,7 @@ class Health:
         "_excess",
         "_good",
         "_good_in_a_row",
+        "_last_cut",
         "_last_fault",
         "_last_fault_at",
         "_limit_share",
@@ -71,6 +75,7 @@ class Health:
         self._bad = 0.0
         self._last_fault = ""
         self._last_fault_at = -math.inf
+        self._last_cut = -math.inf
         self._limit_share = 1.0  # of the advertised slots
         self._excess = 1.0  # how many times its unloaded time a first token takes lately
         self._believe()
@@ -150,11 +155,11 @@ class Health:
         age = (now - self.first_seen) / SLOW_START_SECONDS
         return min(1.0, SLOW_START_SHARE + (1.0 - SLOW_START_SHARE) * max(0.0, age))
 
-    def first_token(self, ttft_seconds: float, unloaded_seconds: float, in_flight: int, slots: int) -> None:
+    def first_token(self, now: float, ttft_seconds: float, unloaded_seconds: float, in_flight: int, slots: int) -> None:
         """Adapts how many works it is given at once, by how much longer than unloaded a first token takes.
 
         As gradient2 (Netflix concurrency-limits): cut by the ratio when it is above the tolerance, else grow by the
-        square root; grow only while the limit is felt.
+        square root; only while the limit is felt, and one cut at a time: what began before a cut knows nothing of it.
         """
         if ttft_seconds - unloaded_seconds <= TTFT_NOISE_SECONDS:
             excess = 1.0
@@ -162,18 +167,21 @@ class Health:
             excess = ttft_seconds / max(unloaded_seconds, TTFT_NOISE_SECONDS / TTFT_TOLERANCE)
         self._excess += TTFT_MEMORY * (min(excess, 10.0) - self._excess)
         limit = self._limit_share * slots
+        if slots <= 0 or in_flight + 1 < limit / 2:
+            return  # A node that is slow while it has little to do is not slow because of us.
         gradient = max(SHRINK_MIN, min(1.0, TTFT_TOLERANCE / self._excess))
-        if gradient < 1.0:
-            if in_flight + 1 >= limit / 2:  # an idle node that is slow is not slow because of us
-                limit = limit * gradient
-        elif in_flight + 1 >= limit / 2:
+        if gradient == 1.0:
             limit += max(1.0, math.sqrt(limit)) / 4
+        elif now - self._last_cut > max(CUT_PAUSE_SECONDS, 2.0 * ttft_seconds):
+            limit *= gradient
+            self._last_cut = now
         self._limit_share = min(1.0, max(limit / slots, 1.0 / LIMIT_SHARE_MIN))
 
-    def limit(self, slots: int) -> int:
-        """How many works it is given at once: never more than it advertises."""
+    def limit(self, slots: int, *, starting: bool = False) -> int:
+        """How many works it is given at once: never more than it advertises. `starting`: it has yet to show itself."""
         if self.state == "open":
             return 0
         if self.state == "half_open":
             return min(1, slots)
-        return min(slots, max(1, round(self._limit_share * slots)))
+        share = slots // STARTING_SHARE if starting else slots
+        return min(slots, max(STARTING_WORKS if starting else 1, round(self._limit_share * share)))

@@ -507,7 +507,10 @@ class Registry:
         tokens: int,
         seconds: float,
     ) -> None:
-        """What the network's own clock saw of one work: `tokens` ids in `seconds` after the first."""
+        """What the network's own clock saw of one work: `tokens` ids in `seconds` after the first.
+
+        Either half may come by itself, the other as zeros: the first id as soon as it is there, the rest at the end.
+        """
         if ttft_seconds > 0:
             speed = prefill_tokens / ttft_seconds
             old = record.prefill_speed.get(class_id, speed)
@@ -520,25 +523,24 @@ class Registry:
         if member is None or roster is None:
             return  # It no longer offers this class.
         moment = self._clock()
-        roster.tokens(member, moment, tokens, seconds)
+        if seconds > 0:
+            roster.tokens(member, moment, tokens, seconds)
         if ttft_seconds > 0:
             roster.first_token(member, moment, prefill_tokens, ttft_seconds)
 
     def ended(self, record: NodeRecord, class_id: ClassId, *, fault: str | None) -> None:
         """One placement's end: None is a good one, else the code of what the node did wrong."""
         moment = self._clock()
-        member, roster = record.members.get(class_id), self._rosters.get(class_id)
-        if member is not None and roster is not None:
+        roster = self._rosters.get(class_id)
+        member = roster.get(record.node_id) if roster is not None else None
+        if roster is not None and member is not None:  # of this conversation or, if it is back already, of a newer one
             roster.ended(member, fault, moment)
             return
         standing = self._standings.get((record.node_id, class_id))
-        if standing is None:
-            return
-        standing.health.ended(moment, fault)
-        # The node may be back already, under a newer record.
-        newer = self._nodes.get(record.node_id)
-        if newer is not None and roster is not None and (member := newer.members.get(class_id)) is not None:
-            roster.touch(member, moment)
+        if standing is not None:
+            standing.health.ended(moment, fault)
+            if standing.health.tripped:
+                standing.health.open(moment)
 
     def queued(self, record: NodeRecord, class_id: ClassId, seconds: float) -> None:
         """A work waited on the node for so long before it began."""
