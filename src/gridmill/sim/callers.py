@@ -15,7 +15,8 @@ class Call:
     """One request. `streaming`: ids are shown as they come, else all at the end.
 
     `pause_seconds` is how long its reader takes over `pause_ids` ids; `enough` ids are all that it wants of a longer
-    answer, as a stop string would have it; after `patience_seconds` it leaves.
+    answer, as a stop string would have it; after `patience_seconds` it leaves. It waits for a place at most
+    `wait_seconds`, if it says so.
     """
 
     def __init__(
@@ -29,6 +30,9 @@ class Call:
         enough: int = 0,
         patience_seconds: float | None = None,
         max_price: Price | None = None,
+        weight: int = 1,
+        flexible: bool = False,
+        wait_seconds: float | None = None,
     ) -> None:
         self.work = work
         self.payer = payer
@@ -38,6 +42,9 @@ class Call:
         self.enough = enough
         self.patience_seconds = patience_seconds
         self.max_price = max_price
+        self.weight = weight
+        self.flexible = flexible
+        self.wait_seconds = wait_seconds
 
         self.received: list[int] = []
         self.asked_at = 0.0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,19 +28,25 @@ from gridmill.wire.messages import Leaf
 from gridmill.wire.sampling import pack_ids
 
 FINISHED = ("stop", "length", "cancelled")
+NODE_FAULTS = frozenset(
+    {
+        *("node_lost", "node_stalled", "node_silent", "node_failed", "node_cancelled", "node_refused", "link_full"),
+        *("empty_answer", "count_disagrees", "ended_early", "bad_ids", "bad_logprobs"),
+    }
+)
 # Errors that a caller may honestly get. Everything else is a bug.
 HONEST = frozenset(
     {
         *FINISHED,
-        *("left", "lost", "unreachable", "insufficient", "unavailable"),
+        *("left", "lost", "unreachable", "insufficient", "unavailable", "invalid_api_key"),
         *("no_node", "overloaded", "stopping"),
-        *("node_lost", "node_stalled", "node_silent", "node_failed", "node_cancelled", "node_refused"),
-        *("empty_answer", "count_disagrees", "ended_early", "link_full", "bad_ids"),
+        *NODE_FAULTS,
     }
 )
 REST_SECONDS = 5.0  # the last words of nodes, and settlements that wait for them
 RECONNECT_SECONDS_MAX = 120.0  # a node's pauses between dials grow to half a minute
 JOURNAL_SECONDS = 0.3  # what a kill may cost of delivered counts: 50 ms are promised, and disks are slow
+WAIT_SECONDS_OVER = 11.0  # money may be waited for besides, and a node that does not answer its offer
 GIVEN_AWAY_SECONDS = 4.0  # a node's last word may take two seconds, and the disk its time
 
 
@@ -51,10 +58,20 @@ class Paid(msgspec.Struct):
     tokens: int
 
 
-async def after(world: World, balances: Mapping[str, int]) -> list[str]:
-    """All checks, in the order in which the world ends."""
+async def after(world: World, balances: Mapping[str, int], healthy: bool) -> list[str]:
+    """All checks, in the order in which the world ends.
+
+    `healthy`: the network and at least one node that any work may go to were well all the time, so that no node's
+    fault may reach a caller.
+    """
     problems = await _at_rest(world)
     problems += _answers(world)
+    if healthy:
+        problems += [
+            f"{call.name} ended as {call.end} although a node was well all the time: {call.detail}"
+            for call in world.calls
+            if call.end in NODE_FAULTS and "in turn" not in call.detail  # four nodes failed it: that is told
+        ]
     problems += _idle(world)
     problems += await _ended(world)
     problems += _books(world, balances)
@@ -99,9 +116,16 @@ def _idle(world: World) -> list[str]:
     """Nobody asks anything, so nobody may hold anything."""
     parts = world.network.parts
     problems = []
+    withheld = {node.node_id for node in world.nodes if node.withheld}
     numbers = {
-        "works on links": parts.links.works,
-        "works in the registry": sum(sum(record.in_flight.values()) for record in parts.registry.nodes()),
+        "works on links": sum(
+            node_link.works
+            for node_link in parts.links._by_node.values()
+            if node_link.record is not None and node_link.record.node_id not in withheld
+        ),
+        "works in the registry": sum(
+            sum(record.in_flight.values()) for record in parts.registry.nodes() if record.node_id not in withheld
+        ),
         "requests in the queue": parts.dispatcher.waiting,
         "orders in the books": len(parts.books._live),
         "orders in purses": sum(purse.live + purse.waiting for purse in parts.books._purses.values()),
@@ -182,6 +206,10 @@ def _answers(world: World) -> list[str]:
             problems.append(f"{call.name} ended as {call.end} with {len(got)} of {wanted} ids")
         if call.end in FINISHED and not call.enough and call.end != end:
             problems.append(f"{call.name} ended as {call.end} instead of {end}")
+        waited = call.ended_at - call.asked_at
+        most = call.wait_seconds + WAIT_SECONDS_OVER if call.wait_seconds is not None else math.inf
+        if call.end == "overloaded" and waited > most and not world.network_hung:
+            problems.append(f"{call.name} waited {waited:.2f} s, and wanted to wait {call.wait_seconds:.2f} s at most")
         if len(call.settled_nanocredits) > 1:
             problems.append(f"{call.name} was settled {len(call.settled_nanocredits)} times")
         if not call.streaming and got and call.end not in FINISHED:
@@ -263,7 +291,8 @@ def _bill(world: World, call: Call, paid: Paid, some_were_lost: bool) -> list[st
     if paid.leaves and call.node_ids and not given_away:
         # The user pays by the price of the first node that made something of what it was given.
         terms = PriceRow("", paid.leaves[0].price, FeePolicy())
-        possible = [terms] if paid.tokens else [world.price_of(node_id) for node_id in call.node_ids]
+        asked = [row for node_id in call.node_ids for row in world.prices_of(node_id)]
+        possible = [terms] if paid.tokens else asked
         most = max(_cost(row, len(call.work.prompt) // 4, 0, paid.tokens) for row in possible)
         if paid.charged > most:
             problems.append(f"{name} was charged {paid.charged}, its {paid.tokens} ids cost at most {most}")

@@ -13,9 +13,11 @@ from typing import get_args
 
 import msgspec
 
+from gridmill.network.accounts import KeyId
 from gridmill.sim.cables import Mischief
-from gridmill.sim.nodes import Bug, SimNode
+from gridmill.sim.nodes import Bug, Lie, SimNode
 from gridmill.sim.world import World
+from gridmill.wire.messages import Price
 
 # How often each is drawn. Those of a node come first.
 NODE_FAULTS: dict[str, int] = {
@@ -24,7 +26,8 @@ NODE_FAULTS: dict[str, int] = {
     "hang": 4,  # SIGSTOP, then SIGCONT
     "slow": 2,
     "wedge": 3,  # the engine makes nothing any more; the program says that all is well
-    "bug": 3,
+    "bug": 3,  # the engine breaks, or says something that cannot be
+    "lie": 3,  # the whole program does
     "cut": 3,
     "flap": 1,
     "partition": 3,
@@ -41,13 +44,15 @@ NETWORK_FAULTS: dict[str, int] = {
     "disk": 2,
     "clock": 1,
     "everybody": 1,  # all nodes are partitioned at once
+    "revoke": 1,  # a key, while its requests run
 }
 MISCHIEFS: Sequence[Mischief] = get_args(Mischief)
 BUGS: Sequence[Bug] = get_args(Bug)
+LIES: Sequence[Lie] = get_args(Lie)
 
 
 class Fault(msgspec.Struct, frozen=True):
-    """`kind` happens to node number `node` (modulo the fleet) for some seconds. `choice` decides what is left open."""
+    """`kind` happens to node number `node` for some seconds. `choice` decides what is left open."""
 
     at_seconds: float
     kind: str
@@ -62,7 +67,7 @@ class Fault(msgspec.Struct, frozen=True):
         if self.kind in NETWORK_FAULTS:
             await self._to_network(world)
             return
-        node = world.nodes[self.node % len(world.nodes)]
+        node = world.nodes[self.node]
         if node.alive:
             await self._to_node(world, node)
 
@@ -73,6 +78,8 @@ class Fault(msgspec.Struct, frozen=True):
             case "kill" | "power":
                 node.kill(silently=self.kind == "power")
                 await asyncio.sleep(seconds)
+                if self.choice % 8 == 0 and len({each.build.price for each in world.nodes}) > 1:
+                    node.ask_for(Price(60, 20, self.choice % 700))
                 if not node.alive:
                     node.start()
             case "drain":
@@ -97,6 +104,8 @@ class Fault(msgspec.Struct, frozen=True):
                 engine.unwedge()
             case "bug" if node.engine is not None:
                 node.engine.bug = BUGS[self.choice % len(BUGS)]
+            case "lie":
+                node.lie = LIES[self.choice % len(LIES)]
             case "cut" if line is not None:
                 line.cut()
             case "flap":
@@ -145,6 +154,8 @@ class Fault(msgspec.Struct, frozen=True):
             case "clock":
                 world.clock_jumped = True
                 world.network.wall_ahead_seconds += (-5.0, 3.0, 12.0)[self.choice % 3]
+            case "revoke":
+                network.program.run(lambda: network.parts.dispatcher.revoke([KeyId("key-b")]))
             case "everybody":
                 for node in world.nodes:
                     world.partition(node, to_node=True, to_network=True)
@@ -153,15 +164,17 @@ class Fault(msgspec.Struct, frozen=True):
                     world.heal(node)
 
 
-def draw(random: Random, seconds: float) -> list[Fault]:
-    """None to eight faults within so many seconds."""
+def draw(random: Random, seconds: float, nodes: int) -> list[Fault]:
+    """None to twelve faults within so many seconds; in a third of all seeds only to nodes, and one node is spared."""
     weights = {**NODE_FAULTS, **NETWORK_FAULTS}
-    kinds = random.choices(list(weights), list(weights.values()), k=random.choice((0, 1, 1, 2, 2, 3, 5, 8)))
+    if spared := random.random() < 0.33:
+        weights = NODE_FAULTS
+    kinds = random.choices(list(weights), list(weights.values()), k=random.choice((0, 1, 1, 2, 2, 3, 5, 8, 12)))
     return [
         Fault(
             at_seconds=random.uniform(0.0, seconds),
             kind=kind,
-            node=random.randrange(6),
+            node=random.randrange(nodes - 1 if spared else nodes),
             seconds=random.choice((0.05, 0.5, 2.0, 2.0, 6.0, 6.0, 16.0, 30.0)) * random.uniform(0.8, 1.2),
             choice=random.randrange(1 << 16),
         )

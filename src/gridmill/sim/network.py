@@ -174,6 +174,9 @@ class Network:
             order = parts.books.order(call.payer, work.work_id, CLASS_ID, MODEL_NAME, input_tokens, amount)
             order.max_price = call.max_price
             order.shown = call.streaming
+            order.account_weight = call.weight
+            order.flexible = call.flexible
+            order.max_wait_seconds = call.wait_seconds
             order.charged = lambda held, cost: call.settled_nanocredits.append(cost)
             outcome = await parts.dispatcher.serve(work, order, emit, placed=call.node_ids.append)
         except (NodeFault, NoRoom, CallerFault) as fault:

@@ -11,6 +11,8 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal, Protocol
 
+import msgspec
+
 from gridmill.network.prefixes import SentPrefixes
 from gridmill.node.agent import Agent, agent_on
 from gridmill.node.engines.base import Emit, Event, Finished, Tokens
@@ -18,17 +20,19 @@ from gridmill.node.engines.echo import EchoEngine
 from gridmill.node.outbox import SCHEMA, Outbox
 from gridmill.sim.cables import Line
 from gridmill.sim.clock import Program, VirtualLoop
-from gridmill.sim.model import SERVED
+from gridmill.sim.model import SERVED, VOCABULARY
 from gridmill.wire.identity import Identity, certify, node_id_of
-from gridmill.wire.link import Closed, Link, NodeSide, Reason
-from gridmill.wire.messages import Generate, Price
+from gridmill.wire.link import Arrived, Closed, Link, NodeSide, Reason
+from gridmill.wire.link import Event as LinkEvent
+from gridmill.wire.messages import AnyMessage, Generate, Offer, Price, Step
 from gridmill.wire.transport import REDIAL_SECONDS_FIRST, REDIAL_SECONDS_MAX, STABLE_SECONDS, Conversation
 
 HOST = "grid.example"
 UNIX_EPOCH_SECONDS = 1_800_000_000.0  # what wall clocks add to the loop's time
 DISK_SECONDS = 0.002
 
-Bug = Literal["raise", "early_length", "empty_stop"]
+Bug = Literal["raise", "early_length", "early_stop"]  # of an engine
+Lie = Literal["foreign_id", "no_end", "no_answer", "high_score"]  # of a whole program
 
 
 class Lines(Protocol):
@@ -70,7 +74,9 @@ class SimNode:
         self.programs: list[Program] = []
         self.links_made = 0
         self.over = asyncio.Event()  # its program has ended by itself
-        self.outboxes: list[MemoryOutbox] = []
+        self.lie: Lie | None = None  # what it does at its next occasion
+        self.withheld = False  # a last word: its place is then never free again on this link
+        self.asked_prices = [build.price]
         self._loop = loop
         self._lines = lines
         self._leave = asyncio.Event()
@@ -113,7 +119,6 @@ class SimNode:
     async def _live(self) -> None:
         loop, build = self._loop, self.build
         outbox = MemoryOutbox(self._receipts, self.identity, wall_clock=self.wall)
-        self.outboxes.append(outbox)
         engine = self.engine = SimEngine(build, now=loop.time)
         side = NodeSide(
             self.identity,
@@ -155,7 +160,7 @@ class SimNode:
     async def _talk(self, conversation: Conversation, engine: SimEngine, outbox: Outbox) -> Closed:
         try:
             async with (
-                agent_on([engine], conversation, outbox=outbox, price=self.build.price) as agent,
+                agent_on([engine], _Mouth(self, conversation), outbox=outbox, price=self.build.price) as agent,
                 asyncio.TaskGroup() as group,
             ):
                 self.agent = agent
@@ -167,7 +172,14 @@ class SimNode:
                     conversation.close(Reason.DRAINED)
 
                 leaving = group.create_task(leave(), name="leave")
-                closed = await conversation.run(agent.on_event)
+
+                def on_event(event: LinkEvent) -> None:
+                    if self.lie == "no_answer" and isinstance(event, Arrived) and isinstance(event.message, Offer):
+                        self.has_lied()
+                    else:
+                        agent.on_event(event)
+
+                closed = await conversation.run(on_event)
                 leaving.cancel()
             return closed
         finally:
@@ -176,6 +188,47 @@ class SimNode:
 
     def wall(self) -> float:
         return UNIX_EPOCH_SECONDS + self._loop.time() + self.build.clock_ahead_seconds
+
+    def has_lied(self) -> None:
+        self.withheld |= self.lie in ("no_end", "no_answer")
+        self.lie = None
+
+    def ask_for(self, price: Price) -> None:
+        """From its next start on."""
+        self.build = replace(self.build, price=price)
+        self.asked_prices.append(price)
+
+
+class _Mouth:
+    """What an agent says goes out through here, and may be turned into a lie that the link's rules let pass."""
+
+    def __init__(self, node: SimNode, conversation: Conversation) -> None:
+        self._node = node
+        self._conversation = conversation
+
+    async def bulk_below(self, size: int) -> None:
+        await self._conversation.bulk_below(size)
+
+    def send(self, message: AnyMessage) -> None:
+        if self._node.lie is not None:
+            told, message = message, self._instead_of(message, self._node.lie)
+            if message is not told:
+                self._node.has_lied()
+        self._conversation.send(message)
+
+    def _instead_of(self, message: AnyMessage, lie: Lie) -> AnyMessage:
+        match lie, message:
+            case "foreign_id", Step(emissions=(first, *others)):
+                wrong = msgspec.structs.replace(first, ids=(*first.ids[:-1], VOCABULARY + 7))
+                return msgspec.structs.replace(message, emissions=(wrong, *others))
+            case "no_end", Step(ends=(_, *others)):
+                return msgspec.structs.replace(message, ends=tuple(others))
+            case "high_score", Step(emissions=(first, *others)) if first.logprobs is not None:
+                scores = tuple(msgspec.structs.replace(entry, logprob=3.0) for entry in first.logprobs)
+                wrong = msgspec.structs.replace(first, logprobs=scores)
+                return msgspec.structs.replace(message, emissions=(wrong, *others))
+            case _:
+                return message
 
 
 async def conversation_over(conversation: Conversation) -> None:
@@ -244,7 +297,7 @@ class SimEngine(EchoEngine):
                         raise RuntimeError("a simulated bug of an engine")
                     case "early_length":
                         await emit(Finished("length"))
-                    case "empty_stop":
+                    case "early_stop":
                         await emit(Finished("stop"))
                 raise _Ended
             await emit(event)

@@ -54,7 +54,7 @@ def play(seed: int, *, with_faults: bool = True) -> Report:
         try:
             async with asyncio.timeout(3600.0):
                 await scene.play()
-                report.problems += await checks.after(scene.world, scene.balances)
+                report.problems += await checks.after(scene.world, scene.balances, scene.healthy)
         except TimeoutError:
             report.problems.append("an hour was not enough")
         except Standstill as problem:
@@ -80,18 +80,26 @@ class _Scene:
         # Most seeds ask every node for the same price, so that a charge says at once what it should have been.
         self.uniform = self.random.random() < 0.7
         self.world = World(loop, str(seed), heartbeat_seconds=self.random.choice((1.0, 5.0)))
-        self.faults = faults.draw(self.random, ARRIVALS_SECONDS) if with_faults else []
+        self.builds = self._builds()
+        self.faults = faults.draw(self.random, ARRIVALS_SECONDS, len(self.builds)) if with_faults else []
         self.payers = [Payer("alice", "key-a"), Payer("bob", "key-b"), Payer("carol", "key-c")]
         self.balances = {"alice": CREDIT, "bob": CREDIT, "carol": CREDIT}
         if self.random.random() < 0.2:
             self.balances["carol"] = POOR_CREDIT
+
+    @property
+    def healthy(self) -> bool:
+        """Whether no fault came near the network and one of the nodes. A dearer node may not be one for every work."""
+        to_nodes = {fault.node for fault in self.faults if fault.kind in faults.NODE_FAULTS}
+        to_network = any(fault.kind in faults.NETWORK_FAULTS for fault in self.faults)
+        return self.uniform and not to_network and len(to_nodes) < len(self.builds)
 
     async def play(self) -> None:
         loop, world = self.loop, self.world
         network = await world.start_network()
         for payer in self.payers:
             world.give(payer, self.balances[payer.account_id])
-        for build, owner in self._builds():
+        for build, owner in self.builds:
             world.add_node(build, owner)
         await network.ready.wait()
         for node in world.nodes:
@@ -148,9 +156,13 @@ class _Scene:
         shared = [ORDINARY[n % len(ORDINARY)] for n in range(length)]
         prompt = shared if random.random() < 0.3 else [random.choice(ORDINARY) for _ in range(length)]
         stops = tuple(sorted(random.sample(ORDINARY, 24))) if random.random() < 0.25 else ()
-        max_tokens = random.choice((1, 2, 8, 20, 20, 40, 70))
+        max_tokens = random.choice((1, 2, 8, 20, 20, 40, 70, 70, 320 if random.random() < 0.2 else 20))
         sampling = Sampling(
-            random.randbytes(32), max_tokens, temperature=random.choice((0.0, 1.0)), stop_token_ids=stops
+            random.randbytes(32),
+            max_tokens,
+            temperature=random.choice((0.0, 1.0)),
+            stop_token_ids=stops,
+            top_logprobs=random.choice((0, 2)) if random.random() < 0.1 else None,
         )
         work = Generate(f"work-{number}", CLASS_ID, pack_ids(prompt), sampling, salt=random.randbytes(16))
         slow = random.random() < 0.15
@@ -162,6 +174,9 @@ class _Scene:
             pause_seconds=random.choice((0.05, 0.5, 3.0)),
             enough=random.randint(1, max_tokens) if random.random() < 0.1 else 0,
             patience_seconds=random.uniform(0.0, 4.0) if random.random() < 0.15 else None,
+            weight=random.choice((1, 1, 3)),
+            flexible=random.random() < 0.15,
+            wait_seconds=random.choice((0.0, 0.3, 3.0)) if random.random() < 0.1 else None,
         )
 
 

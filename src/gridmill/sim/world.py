@@ -81,10 +81,10 @@ class World:
         self.nodes.append(node)
         return node
 
-    def price_of(self, node_id: str) -> PriceRow:
-        """What a node asks, with the fee of the simulated networks."""
-        price = next(node.build.price for node in self.nodes if node.node_id == node_id)
-        return PriceRow("", price, FeePolicy())
+    def prices_of(self, node_id: str) -> list[PriceRow]:
+        """What a node has asked in its lives, with the fee of the simulated networks."""
+        node = next(node for node in self.nodes if node.node_id == node_id)
+        return [PriceRow("", price, FeePolicy()) for price in node.asked_prices]
 
     def connect(self, node: SimNode) -> Line | None:
         if not self.networks or not self.network.listening:
