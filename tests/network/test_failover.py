@@ -13,6 +13,7 @@ from test_dispatch import CLASS, EOS, FACTS, PAYER, Reader, ScriptedNode, World,
 from test_dispatch_money import INPUT, PRICE, ROW, Till, cost, work
 
 from gridmill.network import ledger
+from gridmill.network import links as links_module
 from gridmill.network.books import Books, GatewayId, Order
 from gridmill.network.faults import Enough, NodeFault
 from gridmill.network.journey import Checks, Impossible, Patience
@@ -20,6 +21,7 @@ from gridmill.network.metering import FeePolicy, PriceRow, Usage, charge
 from gridmill.network.registry import NodeRecord
 from gridmill.network.store import Transaction
 from gridmill.wire import receipts as rules
+from gridmill.wire.link import Reason
 from gridmill.wire.messages import Accept, Cancel, Drain, Emission, Generate, Offer, Price, Refuse, Step
 from gridmill.wire.sampling import Sampling, TokenLogprob, pack_ids, unpack_ids
 
@@ -375,6 +377,28 @@ def test_a_caller_who_leaves_while_the_last_word_is_awaited_pays_for_the_answer_
     async def script(node: ScriptedNode, offer: Offer) -> None:
         node.send(Accept(offer.stream))
         node.say(offer.stream, 0, 11, 12, 13, 14, 15)
+
+    moved(tmp_path, script, body)
+
+
+def test_a_node_that_never_says_its_last_word_is_cut_and_its_place_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(links_module, "CANCEL_ANSWER_SECONDS", 0.2)
+
+    async def body(world: World, till: Till, move: Move) -> None:
+        await move.run(work(), 4)
+        await world.idle()
+        assert world.links.works == 0
+        first = move.nodes[0]
+        await first.until(lambda: first.conversation.link.closed is not None)
+        closed = first.conversation.link.closed
+        assert closed is not None and closed.reason is Reason.CANCEL_UNANSWERED and not closed.permanent
+
+    async def script(node: ScriptedNode, offer: Offer) -> None:
+        node.send(Accept(offer.stream))
+        for position in range(4):
+            node.say(offer.stream, position, nth(position))
 
     moved(tmp_path, script, body)
 

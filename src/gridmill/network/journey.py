@@ -225,10 +225,13 @@ class Journey:
             node_link.cancel(stream, self._start + keep)
             try:
                 await self._last_word(stream)
-            finally:
-                # Also for a caller who leaves in the meantime: it has its answer.
-                outcome = self._settled("stop", keep, stream, record)
-            return outcome
+            except asyncio.CancelledError:
+                # The caller leaves in the meantime. What it has been shown is paid, as always.
+                self._settle(
+                    self._left_after(0.0, record, class_id), "stop" if order.shown else "cancelled", stream.end
+                )
+                raise
+            return self._settled("stop", keep, stream, record)
         except Impossible as lie:
             # Nothing of what came with it was shown: the part ends before it.
             node_link.cancel(stream, self.delivered)

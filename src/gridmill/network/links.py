@@ -57,6 +57,7 @@ STOOD_STILL_SECONDS = 0.5  # a timer that is this late says something about this
 FETCH_TIMEOUT_SECONDS = 120.0  # 64 MiB at 5 Mbit/s; slower nodes try again at their next join
 OFFERS_PER_NODE_MAX = 64
 OFFERS_PAUSE_SECONDS = 1.0  # each change of a price is a row for ever, so a node gets one look a second
+CANCEL_ANSWER_SECONDS = 30.0  # a live node answers a Cancel at once; one that never does would keep the place for ever
 DATABASE_PAUSE_SECONDS = 2.0  # before offers are looked at again that the database kept from being served
 OFFERS_AT_ONCE = 8  # of which so many may come together: models that load one after the other
 
@@ -122,6 +123,7 @@ class NodeStream:
         self._pushed_at = 0.0
         self._nudged = False
         self._nudge_timer: asyncio.TimerHandle | None = None
+        self._last_timer: asyncio.TimerHandle | None = None
         self._on_end = on_end
         self._ended = False
         self._over: Callable[[], None] | None = None
@@ -166,6 +168,11 @@ class NodeStream:
     def nudge_later(self, seconds: float) -> None:
         if not self._ended:
             self._nudge_timer = self._loop.call_later(seconds, self.nudge)
+
+    def last_word_within(self, seconds: float, otherwise: Callable[[], None]) -> None:
+        """Calls `otherwise` when the node has not ended this stream by then."""
+        if not self._ended and self._last_timer is None:
+            self._last_timer = self._loop.call_later(seconds, otherwise)
 
     def pause(self) -> None:
         """The node says that this work lost its place for a while. Not often: it must send something in between."""
@@ -236,10 +243,10 @@ class NodeStream:
     def _close(self) -> None:
         if not self._ended:
             self._ended = True
-            for timer in (self._timer, self._nudge_timer):
+            for timer in (self._timer, self._nudge_timer, self._last_timer):
                 if timer is not None:
                     timer.cancel()
-            self._timer = self._nudge_timer = None
+            self._timer = self._nudge_timer = self._last_timer = None
             self._on_end()
             if self._over is not None:
                 self._over()
@@ -315,9 +322,13 @@ class NodeLink:
             asyncio.get_running_loop().call_soon(self._send_grants)
 
     def cancel(self, stream: NodeStream, keep: int = -1) -> None:
-        """Asks the node to stop; its place is free when it says so."""
+        """Asks the node to stop; its place is free when it says so, or has said nothing for so long that it is cut."""
         if stream.number in self._streams:
             self._conversation.send(Cancel(stream.number, keep))
+            stream.last_word_within(CANCEL_ANSWER_SECONDS, self._give_up)
+
+    def _give_up(self) -> None:
+        self._conversation.close(Reason.CANCEL_UNANSWERED, "join again: this link is full of works that never end")
 
     def _send_grants(self) -> None:
         self._granting = False

@@ -177,6 +177,7 @@ class Reason(StrEnum):
     JOIN_REFUSED = "join_refused"
     GREETING_TIMEOUT = "greeting_timeout"
     HEARTBEAT_LOST = "heartbeat_lost"
+    CANCEL_UNANSWERED = "cancel_unanswered"
     UNKNOWN_STREAM = "unknown_stream"
     STREAM_REUSED = "stream_reused"
     DOUBLE_END = "double_end"
@@ -211,6 +212,7 @@ SENTENCES: dict[Reason, str] = {
     Reason.JOIN_REFUSED: "the network does not let this node in",
     Reason.GREETING_TIMEOUT: f"the greeting took longer than {GREETING_SECONDS_MAX:.0f} seconds",
     Reason.HEARTBEAT_LOST: f"nothing was heard for {HEARTBEATS_MISSED_MAX} heartbeats, or none of ours was read",
+    Reason.CANCEL_UNANSWERED: "the node said no last word on a work that was cancelled long ago",
     Reason.UNKNOWN_STREAM: "a message names a stream that was never offered",
     Reason.STREAM_REUSED: "an offer's stream number is not above all before it",
     Reason.DOUBLE_END: "a stream went on after it had ended",
