@@ -98,6 +98,7 @@ ANSWERS_WAITING_MAX = 1024  # Countersigned messages before the disk; those over
 ANSWERS_AT_ONCE = 64
 CLOSE_GRACE_SECONDS = 300  # a settlement reads the clock first, and waits for no lock nearly as long as this
 CLOSE_LOOK_SECONDS = 60.0  # how often to look for a period that is over
+RETRY_SECONDS = 5.0  # for a database that did not answer
 GATHER_SECONDS = 0.2  # between countersignatures and their commit
 VERIFIED_AT_ONCE = 8  # each takes 45 µs; more are left to another thread
 LEAVES_PAGE = 2000  # read at once for a root: some milliseconds of the database
@@ -393,16 +394,25 @@ class Desk:
                     look_at = loop.time() + CLOSE_LOOK_SECONDS
                     await self.close_periods()
             except StoreUnusable as problem:
-                # Nothing is lost: what is not countersigned is sent again at the next join.
-                log.warning("receipts could not be exchanged", extra={"reason": str(problem)})
+                log.warning("receipts could not be exchanged; trying again", extra={"reason": str(problem)})
+                await asyncio.sleep(RETRY_SECONDS)
+                self._wake.set()
 
     async def _work_off(self) -> None:
         while self._answers:
             batch = [self._answers.popleft() for _ in range(min(len(self._answers), ANSWERS_AT_ONCE))]
-            await self._write_down(batch)
+            try:
+                await self._write_down(batch)
+            except StoreUnusable:
+                self._answers.extendleft(reversed(batch))
+                raise
         for node_id in tuple(self._behind):
             self._behind.discard(node_id)
-            await self._catch_up(node_id)
+            try:
+                await self._catch_up(node_id)
+            except StoreUnusable:
+                self._behind.add(node_id)
+                raise
 
     # ------------------------------------------------------------ out
 
