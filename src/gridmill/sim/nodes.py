@@ -73,7 +73,7 @@ class SimNode:
         self.program: Program | None = None
         self.programs: list[Program] = []
         self.links_made = 0
-        self.over = asyncio.Event()  # its program has ended by itself
+        self.over = asyncio.Event()  # its program has ended, by itself or not
         self.lie: Lie | None = None  # what it does at its next occasion
         self.withheld = False  # a last word: its place is then never free again on this link
         self.asked_prices = [build.price]
@@ -102,6 +102,7 @@ class SimNode:
             return
         assert self.program is not None
         self.program.kill()
+        self.over.set()
         if self.line is not None:
             self.line.block() if silently else self.line.node.hang_up()
         self.line = self.agent = self.engine = None
