@@ -9,7 +9,7 @@ PY := $(VENV)/bin/python
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test check bench soak format docs clean
+.PHONY: help demo test check bench soak sim format docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/'
@@ -25,6 +25,14 @@ check: $(VENV)/dev.done ## format, lint, strict types, layout and docs
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(PY) -m pytest tests/test_layout.py tests/test_docs.py
+
+SEEDS ?= 1000
+FROM ?= 0
+
+sim: $(VENV)/dev.done ## play seeds of the simulated network in two processes: make sim SEEDS=1000 FROM=0
+	@$(PY) -m gridmill.sim --from $(FROM) --seeds $(SEEDS) --every 2 & odd=$$!; even=0; \
+	$(PY) -m gridmill.sim --from $$(($(FROM) + 1)) --seeds $$(($(SEEDS) - 1)) --every 2 || even=1; \
+	wait $$odd && test $$even = 0
 
 soak: $(VENV)/dev.done ## whatever takes over two minutes
 	$(PY) -m pytest -m soak --timeout=3600
