@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_admission import World, outcome, play, settle
+from test_admission import CLASS, World, outcome, play, settle
 
-from gridmill.network.admission import Overloaded
+from gridmill.network.admission import Asking, Overloaded
 from gridmill.network.promises import PROMISES_MAX, VALID_SECONDS, Pace, Promises
 
 PACE = Pace(per_second=1.0, patience_seconds=0.5)
 
 
 def make(promises: Promises, account: str, prompt: bytes, now: float, **other: Any) -> float | None:
-    given = {"asked": now, "now": now, "earliest": now, "apart": 1.0, "weight": 1, "pace": PACE, **other}
+    given = {"now": now, "earliest": now, "apart": 1.0, "weight": 1, "pace": PACE, **other}
     return promises.make(account, prompt, **given)
 
 
@@ -51,8 +51,8 @@ def test_coming_early_neither_helps_nor_costs_the_promise() -> None:
 
 def test_the_works_of_one_request_come_together() -> None:
     promises = Promises()
-    for due in (1.0, 2.0, 3.0):
-        assert make(promises, "a", b"n=3", 0.0, asked=0.0) == due
+    for _ in range(3):  # each of them may be refused
+        assert make(promises, "a", b"n=3", 0.0, works=3) == 3.0
     assert len(promises) == 1
     promise = promises.due("a", b"n=3", 3.0)
     assert promise is not None and promise.works == 3
@@ -169,6 +169,34 @@ def test_a_place_is_kept_free_for_who_is_about_to_come_back() -> None:
         assert isinstance(await outcome(world.work("b", prompt=b"mine")), float)
 
     play(body, places=1)
+
+
+def test_all_works_of_a_request_are_promised_when_one_is_refused() -> None:
+    async def body(world: World) -> None:
+        await world.measured(seconds=2.0)
+        world.usual = 1.0
+        hogs = [asyncio.ensure_future(world.work(seconds=2.5)) for _ in range(4)]
+        await settle()
+        prompt = bytes([7] * 20)
+        with world.ticket(prompt=prompt), world.ticket(prompt=prompt), world.ticket(prompt=prompt) as last:
+            await last.turn()
+            refused = await outcome(last.turn())  # type: ignore[arg-type]
+        assert isinstance(refused, Overloaded)
+        await asyncio.sleep(refused.retry_after_seconds)
+        tickets = [world.admission.ticket(Asking(CLASS, "a", prompt=prompt)) for _ in range(4)]
+        for ticket in tickets:
+            ticket._stand(False)
+        assert [ticket.tier for ticket in tickets] == [0, 0, 0, 0], "they go first, until three of them have a place"
+        for ticket in tickets[:3]:
+            ticket.took()
+        tickets.append(world.admission.ticket(Asking(CLASS, "a", prompt=prompt)))
+        tickets[-1]._stand(False)
+        assert tickets[-1].tier == 1
+        for ticket in tickets:
+            ticket.close()
+        await asyncio.gather(*hogs)
+
+    play(body, places=4, ttft_factor=1.5)
 
 
 class Crowd:

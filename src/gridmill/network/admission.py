@@ -165,6 +165,7 @@ class Ticket:
         self.round = 0  # the latest round in which it had its turn
         self.share = line.share(asking)
         self.share.tickets += 1
+        line.siblings[id(asking.prompt)] = line.siblings.get(id(asking.prompt), 0) + 1
         self._admission = admission
         self._line = line
         self._clock = admission.clock
@@ -246,6 +247,7 @@ class Ticket:
         if self._called:
             self._give_back()
         self.share.tickets -= 1
+        self._line.leave_siblings(self.asking.prompt)
         self._line.tidy()
 
     # ------------------------------------------------------------ for the line
@@ -325,7 +327,7 @@ class Ticket:
         self._admission.observer.admission_refused(reason)
         if self.urgent or asking.service == "flex":
             return Overloaded(reason, detail, line.retry_after(ahead))
-        seconds = line.promise(asking, self._promise, self._made, ahead)
+        seconds = line.promise(asking, self._promise, ahead)
         if asking.max_wait_seconds is None:
             line.refused(self.share, seconds)
         return Overloaded(reason, detail, seconds)
@@ -363,6 +365,7 @@ class _Line:
         self._floor = 0.0
         self._rate = _Rate(admission.clock())
         self.promises = Promises()
+        self.siblings: dict[int, int] = {}  # tickets by their very prompt: the works of one request share it
         self._timer: asyncio.Handle | None = None
         self._wakes_at = 0.0
 
@@ -441,7 +444,7 @@ class _Line:
         seconds = self.wait_behind(ahead) or RETRY_AFTER_SECONDS_UNKNOWN
         return min(max(seconds, RETRY_AFTER_SECONDS_MIN), RETRY_AFTER_SECONDS_MAX)
 
-    def promise(self, asking: Asking, kept_not: Promise | None, asked: float, ahead: int) -> float:
+    def promise(self, asking: Asking, kept_not: Promise | None, ahead: int) -> float:
         """Seconds after which this work is to come again, and then goes before newcomers."""
         now, seconds = self._admission.clock(), self.retry_after(ahead)
         pace = self._pace()
@@ -454,11 +457,11 @@ class _Line:
         due = self.promises.make(
             asking.account_id,
             asking.prompt,
-            asked=asked,
             now=now,
             earliest=earliest,
             apart=self._apart(share) / pace.per_second,
             weight=asking.weight,
+            works=self.siblings[id(asking.prompt)],
             pace=pace,
         )
         return RETRY_AFTER_SECONDS_MAX if due is None else max(RETRY_AFTER_SECONDS_MIN, round(due - now, 3))
@@ -623,6 +626,13 @@ class _Line:
     def refused(self, share: _Share, seconds: float) -> None:
         share.asks_until = max(share.asks_until, self._admission.clock() + seconds + UNMET_SECONDS)
         self._asked_until = max(self._asked_until, share.asks_until)
+
+    def leave_siblings(self, prompt: bytes) -> None:
+        left = self.siblings[id(prompt)] - 1
+        if left:
+            self.siblings[id(prompt)] = left
+        else:
+            del self.siblings[id(prompt)]
 
     def tidy(self) -> None:
         """Forgets accounts that a newcomer would equal; all of them when the class is at rest: nobody was put off."""

@@ -45,12 +45,11 @@ class Pace(msgspec.Struct, frozen=True):
 class Promise:
     """A request was told to come again at `due`: with one work, or several that have the same prompt."""
 
-    def __init__(self, key: tuple[str, bytes], account: _Account, made: float) -> None:
+    def __init__(self, key: tuple[str, bytes], account: _Account, works: int) -> None:
         self.key = key
         self.account = account
-        self.made = made
-        self.due = made
-        self.works = 0
+        self.due = 0.0
+        self.works = works
         self.awaited = False  # its moment is among the account's `dues`
         self.missed: bool | None = None  # None: its moment has not passed
 
@@ -97,25 +96,25 @@ class Promises:
         account_id: str,
         prompt: bytes,
         *,
-        asked: float,
         now: float,
         earliest: float,
         apart: float,
         weight: int,
+        works: int = 1,
         pace: Pace,
     ) -> float | None:
-        """When a work that asked at `asked` and gets no place now is to come again; None: no promise is made.
+        """When a request that gets no place now is to come again; None: no promise is made.
 
         `earliest` is when it could have a place at best, and `apart` the seconds from one work of its account to the
-        next if the class were all its own.
+        next if the class were all its own. Each of its `works` may be refused: they are promised together, once.
         """
         if not prompt:
             return None
         self._forget(now)
         key = _key(account_id, prompt)
         promise = self._open.get(key)
-        if promise is not None and asked > promise.made:
-            return max(promise.due, now)  # it came early
+        if promise is not None:
+            return max(promise.due, now)  # it came early, or another of its works was refused before
         account = self._accounts.get(account_id)
         if account is None:
             if len(self._accounts) >= ACCOUNTS_REMEMBERED:
@@ -128,16 +127,12 @@ class Promises:
         share = msgspec.structs.replace(pace, per_second=pace.per_second * weight / weights)
         # Those that were promised to it before come first. As works, not as seconds: the class may become faster.
         before = len(account.dues) - bisect_left(account.dues, now)
-        due = _moment(account, now, earliest + (before + 1) * spacing, share)
+        due = _moment(account, now, earliest + (before + works) * spacing, share)
         limit = max(ACCOUNT_PROMISES_MIN, PROMISES_MAX // len(holders))
         if due - now > PROMISE_SECONDS_MAX or account.open >= limit:
             return None
-        if promise is None:
-            promise = self._open[key] = Promise(key, account, now)
-            account.open += 1
-        elif promise.awaited:
-            self._await_no_more(promise)
-        promise.works += 1
+        promise = self._open[key] = Promise(key, account, works)
+        account.open += 1
         self._await(promise, due)
         return due
 
