@@ -99,6 +99,9 @@ def add_operator_commands(commands: Any) -> None:
         command.add_argument("name", metavar="NAME", help="model name")
         command.add_argument("class_id", metavar="CLASS", help="class id, or its first 8 characters or more")
 
+    nodes = operator_command(commands, "nodes", _nodes, "show how the nodes stand, and why work went elsewhere")
+    nodes.add_argument("node", metavar="NODE", nargs="?", help="one node by its id, with every reason (default: all)")
+
     operator_command(commands, "status", _status, "show a running network: models, nodes, load")
 
 
@@ -375,6 +378,54 @@ def _status(arguments: argparse.Namespace, environ: Environment) -> int:
         )
     )
     return 0
+
+
+def _nodes(arguments: argparse.Namespace, environ: Environment) -> int:
+    from gridmill.client import table
+
+    found = operate_on(arguments, environ, "nodes", node=arguments.node or "")
+    if arguments.json:
+        print(json.dumps(found))
+        return 0
+    if not found:
+        print("No node is here, or no network runs: `gridmill status` says which.")
+        return EXIT_FAILED
+    rows: list[tuple[str, ...]] = []
+    for node in found:
+        for one in node["classes"]:
+            seen, demand = one["measured"], one["demand"]
+            lost = [reason["reason"] for reason in demand["lost"] if reason["reason"] != "not drawn"]
+            rows.append(
+                (
+                    node["node_id"],
+                    ", ".join(one["names"]),
+                    one["state"],
+                    f"{one['in_flight']}/{one['limit']}/{one['slots']}",
+                    _number(seen["first_token_seconds"], "{:.3f} s"),
+                    _number(seen["prefill_tokens_per_second"], "{:.0f}"),
+                    _number(seen["decode_tokens_per_second"], "{:.0f}"),
+                    f"{one['availability']:.0%}",
+                    _number(demand["won_share"], "{:.1%}"),
+                    ", ".join(lost[:2]),
+                )
+            )
+    heads = ("NODE", "MODELS", "STATE", "RUNNING/LIMIT/SLOTS", "FIRST TOKEN", "READS/S", "WRITES/S")
+    print(table((*heads, "AVAILABLE", "WON", "LOST MOSTLY"), rows))
+    if arguments.node:
+        for node in found:
+            for one in node["classes"]:
+                print(
+                    f"\n{', '.join(one['names'])}: won {one['demand']['won']} of {one['demand']['decisions']} decisions"
+                )
+                reasons: list[tuple[str, ...]] = [
+                    (r["reason"], str(r["count"]), r["meaning"]) for r in one["demand"]["lost"]
+                ]
+                print(table(("REASON", "COUNT", "MEANING"), reasons))
+    return 0
+
+
+def _number(value: float | None, shape: str) -> str:
+    return "–" if value is None else shape.format(value)
 
 
 # ---------------------------------------------------------------- how they run and what they show

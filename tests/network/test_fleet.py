@@ -17,7 +17,7 @@ from gridmill.wire.messages import NodeId, OwnerId, Price
 def member(
     name: str, *, slots: int = 4, standing: Standing | None = None, now: float = 0.0, in_flight: int = 0, cost: int = 0
 ) -> Member:
-    kept = standing or Standing(Health(now - 1000), Pace(slots=slots), now)
+    kept = standing or Standing(Health(now - 1000), Pace(slots=slots))
     row = PriceRow(f"price-{name}", Price(cost, cost, cost), FeePolicy())
     owner = OwnerId(f"owner-{int(name[1:]) % 3}")
     return Member(NodeId(name), owner, slots, kept, price=row, in_flight=in_flight, region=f"r{int(name[1:]) % 2}")
@@ -73,7 +73,7 @@ def test_the_sums_hold_after_any_sequence_of_events(steps: list[tuple[str, int]]
         there = roster.get(NodeId(name))
         match step:
             case "join" if there is None:
-                kept = standings.setdefault(name, Standing(Health(now), Pace(), now))
+                kept = standings.setdefault(name, Standing(Health(now), Pace()))
                 fresh = member(
                     name, slots=random.choice((1, 4, 64)), standing=kept, in_flight=number % 3, cost=number % 5
                 )
@@ -128,7 +128,7 @@ def test_a_newcomer_beside_proven_nodes_is_given_little_until_it_ends_something_
 
 
 def test_a_newcomers_chance_grows_with_time() -> None:
-    roster, fresh = Roster(), member("n1", standing=Standing(Health(0.0), Pace(), 0.0))
+    roster, fresh = Roster(), member("n1", standing=Standing(Health(0.0), Pace()))
     roster.add(fresh, 0.0)
     young = fresh.weight
     roster.advance(SLOW_START_SECONDS / 2 + 0.1)
@@ -170,7 +170,7 @@ def test_an_opened_breaker_is_tried_with_one_work_after_its_time() -> None:
 
 
 def test_a_node_that_was_taken_out_stays_out_when_it_joins_again() -> None:
-    roster, kept = Roster(), Standing(Health(0.0), Pace(), 0.0)
+    roster, kept = Roster(), Standing(Health(0.0), Pace())
     bad = member("n1", standing=kept)
     roster.add(bad, 0.0)
     roster.add(member("n2"), 0.0)

@@ -19,6 +19,7 @@ from gridmill.network import usage
 from gridmill.network.accounts import Accounts
 from gridmill.network.gateway.admin import PREFIX, AdminApi
 from gridmill.network.gateway.asgi import HttpProtocol
+from gridmill.network.gateway.nodes import NodesApi
 from gridmill.network.gateway.plain import BODY_BYTES_MAX, Plain
 from gridmill.network.gateway.usage import UsageApi
 from gridmill.network.limits import Limits
@@ -68,6 +69,8 @@ class Stage:
         self.do = operations
         self.store = store
         self.key = ""
+        self.registry: Registry
+        self.accounts: Accounts
 
     async def ask(
         self, method: str, path: str, body: Any = None, *, key: str | None = None, **headers: str
@@ -111,9 +114,11 @@ async def stage(folder: Path) -> AsyncIterator[Stage]:
         store=store,
         wall_clock=lambda: NOW,
     )
+    nodes = NodesApi(plain, registry=registry, store=store, clock=lambda: NOW)
 
     async def door(scope: Any, receive: Any, send: Any) -> None:
-        endpoint = {"/v1/usage": api.usage, "/v1/quote": api.quote}.get(scope["path"], admin)
+        paths = {"/v1/usage": api.usage, "/v1/quote": api.quote, "/v1/nodes": nodes}
+        endpoint = paths.get(scope["path"], admin)
         await endpoint(scope, receive, send)
 
     server = uvicorn.Server(uvicorn.Config(door, http=HttpProtocol, lifespan="off", log_config=None, access_log=False))
@@ -122,6 +127,7 @@ async def stage(folder: Path) -> AsyncIterator[Stage]:
     try:
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30)) as http:
             made = Stage(url, http, operations, store)
+            made.registry, made.accounts = registry, accounts
             made.key = (await operations.keys_create("op", "operator"))["api_key"]
             yield made
     finally:

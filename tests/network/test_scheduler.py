@@ -43,7 +43,7 @@ def node(
         NodeId(name),
         OwnerId(owner or f"owner-{name}"),
         slots,
-        Standing(health, pace, NOW),
+        Standing(health, pace),
         price=row,
         region=region,
         tier=tier,

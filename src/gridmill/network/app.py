@@ -31,6 +31,7 @@ from gridmill.network.gateway.admin import PREFIX as ADMIN_PREFIX
 from gridmill.network.gateway.admin import AdminApi
 from gridmill.network.gateway.asgi import HttpProtocol, Receive, Scope, Send, WebSocketProtocol, send_bytes
 from gridmill.network.gateway.idempotent import SharedAnswers
+from gridmill.network.gateway.nodes import NodesApi
 from gridmill.network.gateway.openai import OpenAIGateway
 from gridmill.network.gateway.plain import Plain
 from gridmill.network.gateway.usage import UsageApi
@@ -214,11 +215,12 @@ async def _serve(
             client_stall_timeout_seconds=settings.client_stall_timeout_seconds,
         )
         usage = UsageApi(plain, accounts=accounts, registry=registry, texts=texts, store=store, wall_clock=time.time)
+        nodes = NodesApi(plain, registry=registry, store=store, clock=time.monotonic)
         admin = AdminApi(plain, operations, base_urls=(base_url, operations.local_url))
         control = ControlServer(settings.data, operations.commands())
         server = _Server(
             uvicorn.Config(
-                Door(gateway=gateway, usage=usage, admin=admin, links=links, side=side, metrics=metrics),
+                Door(gateway=gateway, usage=usage, nodes=nodes, admin=admin, links=links, side=side, metrics=metrics),
                 http=HttpProtocol,
                 ws=WebSocketProtocol,
                 ws_per_message_deflate=False,
@@ -310,6 +312,7 @@ class Door:
         *,
         gateway: OpenAIGateway,
         usage: UsageApi,
+        nodes: NodesApi,
         admin: AdminApi,
         links: Links,
         side: NetworkSide,
@@ -317,6 +320,7 @@ class Door:
     ) -> None:
         self._gateway = gateway
         self._usage = usage
+        self._nodes = nodes
         self._admin = admin
         self._links = links
         self._side = side
@@ -334,6 +338,8 @@ class Door:
                 await self._gateway.model(scope, receive, send)
             case "http", "/v1/usage":
                 await self._usage.usage(scope, receive, send)
+            case "http", "/v1/nodes":
+                await self._nodes(scope, receive, send)
             case "http", "/v1/quote":
                 await self._usage.quote(scope, receive, send)
             case "http", str(path) if path.startswith(ADMIN_PREFIX):

@@ -66,15 +66,14 @@ class NodeView(msgspec.Struct, frozen=True):
 class Standing:
     """What is remembered of one node and class beyond its conversation."""
 
-    __slots__ = ("health", "lost", "pace", "since", "touched", "won")
+    __slots__ = ("decisions", "health", "lost", "pace", "won")
 
-    def __init__(self, health: Health, pace: Pace, now: float) -> None:
+    def __init__(self, health: Health, pace: Pace) -> None:
         self.health = health
         self.pace = pace
-        self.won = 0  # placements
+        self.decisions = 0  # placements in its class during its earlier conversations
+        self.won = 0  # of all that fell while it was here
         self.lost: Counter[str] = Counter()  # decisions in which it was looked at, by the reason it lost
-        self.since = now
-        self.touched = now
 
 
 class Member:
@@ -187,6 +186,7 @@ class Roster:
         self._due_count = 0
         self._views: tuple[NodeView, ...] | None = None
         self._rows: list[PriceRow] | None = None
+        self._prices: list[PriceRow] = []
         self.weight = 0
         self.here = 0  # members that do not drain
         self.ejected = 0
@@ -208,6 +208,10 @@ class Roster:
 
     def get(self, node_id: NodeId | None) -> Member | None:
         return self._by_id.get(node_id) if node_id is not None else None
+
+    def decisions_with(self, member: Member) -> int:
+        """How many placements fell while this node was here, its earlier conversations included."""
+        return member.standing.decisions + self.decisions - member.decided_before
 
     @property
     def only_owner(self) -> OwnerId | None:
@@ -254,6 +258,7 @@ class Roster:
         del self._by_price[bisect_left(self._by_price, (member.price.price.output_nanocredits, member.node_id))]
         for position in _positions(member.node_id):
             self._ring.pop(bisect_left(self._ring, position << RING_SHIFT | member.place))
+        member.standing.decisions = self.decisions_with(member)
         self._weigh(member, 0)
         self._certain(member)
         self._count(member, -1)
@@ -500,10 +505,16 @@ class Roster:
         return self._views
 
     def price_rows(self) -> list[PriceRow]:
-        """What those that take work ask; each row once."""
+        """What those that take work ask, one for each of them."""
         if self._rows is None:
-            self._rows = list({row.price_id: row for m in self if not m.draining for row in (m.price,)}.values())
+            self._rows = [member.price for member in self if not member.draining]
+            self._prices = list({(row.price, row.fees): row for row in self._rows}.values())
         return self._rows
+
+    def prices(self) -> list[PriceRow]:
+        """A row for each price that is asked at all."""
+        self.price_rows()
+        return self._prices
 
     # ------------------------------------------------------------ inside
 

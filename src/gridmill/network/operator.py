@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from gridmill.network import accounts as accounts_module
-from gridmill.network import balances, idempotency, ledger, receipts, settlement, usage
+from gridmill.network import balances, demand, idempotency, ledger, receipts, settlement, usage
 from gridmill.network import registry as registry_module
 from gridmill.network.accounts import AccountId, AccountRow, Accounts, KeyRow, UnknownAccount, UnknownKey
 from gridmill.network.control import Command, ControlError, FolderLock, NotRunning, call
@@ -106,6 +106,7 @@ class Operations:
             "classes.withdraw": self.classes_withdraw,
             "receipts.export": self.receipts_export,
             "receipts.show": self.receipts_show,
+            "nodes": self.nodes,
             "status": self.status,
         }
 
@@ -360,6 +361,13 @@ class Operations:
 
     async def receipts_show(self, work_id: str) -> list[dict[str, Any]]:
         return await self._exporter.show(work_id)
+
+    async def nodes(self, node: str = "") -> list[dict[str, Any]]:
+        """All nodes that are here, or the one: how each stands and why work went elsewhere."""
+        records = [record for record in self._registry.nodes() if node in ("", record.node_id)]
+        if node and not records:
+            raise Unknown(f"no node {node!r} is here now: `gridmill nodes` lists those that are")
+        return [demand.report(self._registry, record, self._registry.clock()) for record in records]
 
     async def status(self) -> dict[str, Any]:
         snapshot = self._registry.snapshot()

@@ -176,7 +176,7 @@ class Registry:
         self._own_nodes = frozenset(own_nodes)
         self._fees = fees or FeePolicy()
         self._now = now
-        self._clock = clock or now
+        self._clock = self.clock = clock or now
         self._random = random or Random()
         self.changed = changed
         self._nodes: dict[NodeId, NodeRecord] = {}
@@ -391,9 +391,14 @@ class Registry:
         return await self._store.run(find_or_insert)
 
     def price_rows(self, class_id: str) -> list[PriceRow]:
-        """What the nodes that serve this class now ask; empty when nobody does."""
+        """What the nodes that serve this class now ask, one row for each node; empty when nobody does."""
         roster = self._roster(class_id)
         return roster.price_rows() if roster is not None else []
+
+    def prices(self, class_id: str) -> list[PriceRow]:
+        """A row for each different price of this class: what a request could cost, however many nodes there are."""
+        roster = self._roster(class_id)
+        return roster.prices() if roster is not None else []
 
     def join(self, node_id: NodeId, owner_id: OwnerId, software: str, node_key: bytes = b"") -> NodeRecord:
         """A new conversation of this node. What an older one offered is gone from this moment."""
@@ -616,7 +621,7 @@ class Registry:
                 slots=offer.slots,
             )
             if standing is None:
-                standing = Standing(Health(moment), pace, moment)
+                standing = Standing(Health(moment), pace)
             else:
                 standing.pace = pace
         self._standings[key] = standing

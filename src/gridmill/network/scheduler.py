@@ -47,7 +47,7 @@ Reason = Literal[
     "tier",
     "price cap",
     "tried before",
-    "not drawn",
+    "turn of another",
 ]
 
 
@@ -318,7 +318,7 @@ def _lost(cost: _Cost, best: _Cost) -> Reason:
     slower = cost.decode - best.decode + max(0.0, more.get("slower", 0.0))
     more["slower"] = slower
     heaviest = max(more, key=lambda reason: more[reason])
-    return heaviest if more[heaviest] > 0 else "not drawn"
+    return heaviest if more[heaviest] > 0 else "turn of another"
 
 
 def _account(cost: _Cost, drawn_as: str, outcome: str) -> Why:

@@ -100,6 +100,8 @@ class AdminApi:
             "classes": {"GET": self._classes},
             "classes/approve": {"POST": self._approve},
             "classes/withdraw": {"POST": self._withdraw},
+            "nodes": {"GET": self._nodes},
+            "nodes/*": {"GET": self._node},
             "status": {"GET": self._status},
             "usage": {"GET": self._usage},
         }
@@ -214,6 +216,14 @@ class AdminApi:
     async def _withdraw(self, asked: Asked, _: str) -> Any:
         wanted = await asked.body(ClassOfName)
         return await self._do.classes_withdraw(wanted.name, wanted.class_id)
+
+    async def _nodes(self, asked: Asked, _: str) -> Any:
+        asked.query(Nothing)
+        return await self._do.nodes()
+
+    async def _node(self, asked: Asked, node_id: str) -> Any:
+        asked.query(Nothing)
+        return (await self._do.nodes(node_id))[0]
 
     async def _status(self, asked: Asked, _: str) -> Any:
         asked.query(Nothing)
