@@ -18,6 +18,7 @@ from gridmill.network import ledger
 from gridmill.network.credits import show_credits
 from gridmill.network.ledger import Command, Done, Extend, Grow, Pend, Refused, Result, Return, Transfer, Void
 from gridmill.network.metering import FREE, Charge, FeePolicy, PriceRow, Usage, charge, most
+from gridmill.network.settlement import Part, Server, costs_of
 from gridmill.network.store import SqliteStore, Transaction
 from gridmill.wire.messages import Price
 
@@ -166,6 +167,48 @@ async def long_work(scene: Scene) -> None:
     await scene.balances()
 
 
+async def moved_work(scene: Scene) -> None:
+    earlier = scene.settle("earlier", Usage(20_000, 0, 60_000), "lease:ann:1", close=False)
+    await scene.silently(scene.credit(), scene.lease(), earlier, scene.hold("long", 1000, 4000))
+    scene.say(
+        "The node of owner-1 breaks off after 300 tokens, and one of owner-2, at the same price, makes the other 400. It "
+        "read the prompt and the 300 again: the prompt is the user's to pay, the 300 the failover reserve's."
+    )
+    first = Part(0, 0, Server("", b"", "owner-1", ROW), Usage(0, 0, 300), 0, b"", 0, 0, "lost")
+    last = Part(1, 300, Server("", b"", "owner-2", ROW), Usage(1000, 0, 400), 300, b"", 0, 0, "stop")
+    costs = costs_of(ROW, [first, last])
+    await scene.show(
+        "Together the two parts cost what 1000 tokens in and 700 out cost:",
+        ledger.settlement("long", 0, "hold:long:0", costs[0], "owner-1", close=False),
+        ledger.settlement("long", 1, "hold:long:0", costs[1], "owner-2", close=True),
+        _from_reserve(costs[1]),
+    )
+    whole = charge(ROW, Usage(1000, 0, 700)).total
+    assert sum(cost.total for cost in costs) == whole
+    scene.say(f"The unbroken answer would have cost {show_credits(whole)}.")
+    await scene.balances()
+
+
+def _from_reserve(cost: Charge) -> Command:
+    legs = (("failover:reserve", -cost.subsidy), (ledger.provider_held("owner-2"), cost.subsidy))
+    return Transfer(ledger.settlement_id("long", 1) + ledger.RESERVE_SUFFIX, "reserve", legs)
+
+
+async def moved_work_of_a_dearer_node(scene: Scene) -> None:
+    earlier = scene.settle("earlier", Usage(20_000, 0, 60_000), "lease:ann:1", close=False)
+    await scene.silently(scene.credit(), scene.lease(), earlier, scene.hold("long", 1000, 4000))
+    dearer = PriceRow("price-3", Price(2200, 550, 8800), FeePolicy())
+    first = Part(0, 0, Server("", b"", "owner-1", ROW), Usage(0, 0, 300), 0, b"", 0, 0, "lost")
+    last = Part(1, 300, Server("", b"", "owner-2", dearer), Usage(1000, 0, 400), 300, b"", 0, 0, "stop")
+    costs = costs_of(ROW, [first, last])
+    await scene.silently(ledger.settlement("long", 0, "hold:long:0", costs[0], "owner-1", close=False))
+    await scene.show(
+        "Had the second node been a tenth dearer, the reserve would add the difference too:",
+        ledger.settlement("long", 1, "hold:long:0", costs[1], "owner-2", close=True),
+        _from_reserve(costs[1]),
+    )
+
+
 async def too_poor(scene: Scene) -> None:
     await scene.silently(ledger.credit("ann", 200_000_000, "invoice-17"))
     least = most(ROW, 100_000, 10_000)
@@ -271,6 +314,8 @@ FLOWS: dict[str, Callable[[Scene], Awaitable[None]]] = {
     "lease": lease,
     "short_work": short_work,
     "long_work": long_work,
+    "moved_work": moved_work,
+    "moved_work_of_a_dearer_node": moved_work_of_a_dearer_node,
     "too_poor": too_poor,
     "lease_returned": lease_returned,
     "gateway_dead": gateway_dead,

@@ -583,6 +583,7 @@ class _Answer(Showing):
     async def _serve(self, choice: Choice, dispatcher: Dispatcher) -> None:
         client, exchange = self.client, self.exchange
         streaming = self.request.stream
+        planned = self._planned[choice.index]
 
         async def emit(emissions: list[Emission]) -> None:
             if exchange.first_token_at is None:
@@ -592,6 +593,8 @@ class _Answer(Showing):
                 data = choice.events(pieces) if streaming and pieces else b""
             except ValueError as problem:
                 raise NodeFault("bad_ids", str(problem)) from None
+            if choice.complete:
+                planned.order.cut(choice.tokens)  # before the socket is awaited: who leaves there pays no more either
             if not streaming:
                 choice.pieces.extend(pieces)
             elif data:
@@ -601,7 +604,6 @@ class _Answer(Showing):
             if choice.complete:
                 raise Enough(choice.tokens)
 
-        planned = self._planned[choice.index]
         try:
             outcome = await dispatcher.serve(planned.work, planned.order, emit, placed=self._placed)
         except (NodeFault, NoRoom):
