@@ -188,27 +188,28 @@ class VirtualLoop(asyncio.BaseEventLoop):
                 self._timer_cancelled_count -= 1
             else:
                 ready.append(timer)
-        if self.halted:
-            self._run_those_not_halted()
-            return
+        # This is where a simulation spends its time, so what Handle._run and a look at the program do is written out.
+        halted = self.halted
         for _ in range(len(ready)):
-            handle = ready.popleft()
-            if not handle._cancelled:
-                handle._run()
-                if self.halted:
-                    return  # this very handle stopped or killed one; the rest of the turn is the next turn
-
-    def _run_those_not_halted(self) -> None:
-        ready = self._ready
-        for _ in range(len(ready)):
-            handle = ready.popleft()
+            handle: Any = ready.popleft()
             if handle._cancelled:
                 continue
-            program = Program.of(handle)
-            if program is not None and (program.stopped or program.killed):
-                program.keep(handle)
-            else:
-                handle._run()
+            if halted:
+                program = handle._context.get(_PROGRAM)
+                if program in halted:
+                    program.keep(handle)
+                    continue
+            try:
+                handle._context.run(handle._callback, *handle._args)
+            except (SystemExit, KeyboardInterrupt):
+                raise
+            except BaseException as error:  # noqa: BLE001 - it came out of a callback: nobody else can hear of it
+                self.call_exception_handler({"message": f"in {handle!r}", "exception": error})
+
+    def call_soon(self, callback: Any, *args: Any, context: Any = None) -> asyncio.Handle:  # type: ignore[override]
+        handle = asyncio.Handle(callback, args, self, context)
+        self._ready.append(handle)
+        return handle
 
     def _sweep(self) -> None:
         kept = []
