@@ -24,7 +24,7 @@ def main() -> int:
 
 
 def page() -> str:
-    return "\n".join([HEAD, *gateway(), *ledger(), *engine(), *sampler()])
+    return "\n".join([HEAD, *gateway(), *ledger(), *engine(), *sampler(), *overload()])
 
 
 def raw(name: str) -> dict[str, Any] | None:
@@ -161,6 +161,38 @@ def sampler() -> Iterator[str]:
             f"{row['ours_ms_per_row']:.3f} | {row['torch_multinomial_ms_per_row']:.3f} |"
         )
     yield ""
+
+
+# ---------------------------------------------------------------- overload
+
+
+def overload() -> Iterator[str]:
+    result = raw("overload")
+    if result is None:
+        return
+    phases = result["phases"]
+    reference = phases["unloaded"]["ttft_p95_seconds"]
+    yield "## Overload (`bench/overload.py`)\n"
+    yield (
+        f"{result['nodes']} echo nodes of {result['slots']} places, {result['first_token_seconds']} s to the first token\n"
+        f"and {result['tokens_per_second']:.0f} tokens a second, behind one network, all in processes of their own. Two\n"
+        f"accounts of equal weight ask {result['overload']} times what the places can serve. Patient: three clients for\n"
+        "each place, who wait as `Retry-After` says and ask again. Flood: requests come at three times the rate that can\n"
+        "be served, and of those refused each tenth comes back as told. Kept: of those, how many got a place then.\n"
+    )
+    yield "| | asked | refused | first token p50 | p95 | p95 over unloaded | kept | tokens of the two accounts |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for name, one in phases.items():
+        refused = f"{one['refused_share']:.0%}" if one["refused_share"] else "none"
+        kept = f"{one['kept']:.1%} of {one['came_back']}" if one["came_back"] else "–"
+        ratio = f"{one['tokens_ratio']:.3f} : 1" if one["refused_share"] else "–"
+        over = f"{one['ttft_p95_seconds'] / reference:.2f} ×"
+        yield (
+            f"| {name} | {one['asked']:,} | {refused} | {one['ttft_p50_seconds'] * 1000:.0f} ms | "
+            f"{one['ttft_p95_seconds'] * 1000:.0f} ms | {over} | {kept} | {ratio} |"
+        )
+    yield ""
+    yield "Aims: p95 within 2 × the unloaded one; equal tokens within 5 %; who waits as told is admitted.\n"
 
 
 if __name__ == "__main__":
