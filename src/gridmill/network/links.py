@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from gridmill.network.accounts import Accounts, KeyId
 from gridmill.network.metering import PriceRow
-from gridmill.network.registry import NodeRecord, Registry
+from gridmill.network.registry import TIER_INVITED, NodeRecord, Registry
 from gridmill.network.store import StoreUnusable
 from gridmill.network.text import TextError, TextService
 from gridmill.wire.classes import TEXT_FACTS_BYTES_MAX, TOKENIZER_BYTES_MAX, ClassId, parse_facts
@@ -527,6 +527,8 @@ class Links:
         if older is not None:
             older.conversation.close(Reason.SUPERSEDED, "the same node joined again")
         node_link.record = self.registry.join(proven.node_id, proven.owner_id, proven.software, proven.node_key)
+        if node_link.key_id is not None:
+            node_link.record.tier = max(node_link.record.tier, TIER_INVITED)
         self._by_node[proven.node_id] = node_link
         node_link.conversation.admit()
 
