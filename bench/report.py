@@ -173,12 +173,13 @@ def overload() -> Iterator[str]:
     phases = result["phases"]
     reference = phases["unloaded"]["ttft_p95_seconds"]
     yield "## Overload (`bench/overload.py`)\n"
+    nodes, slots, first = result["nodes"], result["slots"], result["first_token_seconds"]
     yield (
-        f"{result['nodes']} echo nodes of {result['slots']} places, {result['first_token_seconds']} s to the first token\n"
-        f"and {result['tokens_per_second']:.0f} tokens a second, behind one network, all in processes of their own. Two\n"
-        f"accounts of equal weight ask {result['overload']} times what the places can serve. Patient: three clients for\n"
-        "each place, who wait as `Retry-After` says and ask again. Flood: requests come at three times the rate that can\n"
-        "be served, and of those refused each tenth comes back as told. Kept: of those, how many got a place then.\n"
+        f"{nodes} echo nodes of {slots} places, {first} s to the first token and {result['tokens_per_second']:.0f}\n"
+        f"tokens a second, behind one network, all in processes of their own. Two accounts of equal weight ask\n"
+        f"{result['overload']} times what the places can serve. Patient: three clients for each place, who wait as\n"
+        "`Retry-After` says and ask again. Flood: requests come at three times the rate that can be served, and of\n"
+        "those refused each tenth comes back as told. Kept: of those, how many got a place then.\n"
     )
     yield "| | asked | refused | first token p50 | p95 | p95 over unloaded | kept | tokens of the two accounts |"
     yield "|---|---|---|---|---|---|---|---|"
