@@ -48,6 +48,7 @@ RECONNECT_SECONDS_MAX = 120.0  # a node's pauses between dials grow to half a mi
 JOURNAL_SECONDS = 0.3  # what a kill may cost of delivered counts: 50 ms are promised, and disks are slow
 WAIT_SECONDS_OVER = 11.0  # money may be waited for besides, and a node that does not answer its offer
 GIVEN_AWAY_SECONDS = 4.0  # a node's last word may take two seconds, and the disk its time
+GIVEN_AWAY_DISK_SECONDS = 20.0  # a disk that fails again and again is tried again, with pauses
 
 
 class Paid(msgspec.Struct):
@@ -280,7 +281,8 @@ def _bill(world: World, call: Call, paid: Paid, some_were_lost: bool) -> list[st
     if paid.tokens > got and not cut_late:
         problems.append(f"{name} was billed {paid.tokens} ids and got {got} ({call.end})")
     # The answer goes first, the entry after: a network that is killed in between may have given it away.
-    given_away = any(abs(network.killed_at - call.ended_at) <= GIVEN_AWAY_SECONDS for network in world.networks)
+    late = GIVEN_AWAY_DISK_SECONDS if world.disk_failed else GIVEN_AWAY_SECONDS
+    given_away = any(abs(network.killed_at - call.ended_at) <= late for network in world.networks)
     if not given_away and not cut_late and (call.end in FINISHED or (call.streaming and call.end != "lost")):
         if paid.tokens != got:
             problems.append(f"{name} ended as {call.end} with {got} ids and was billed {paid.tokens}")
