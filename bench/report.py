@@ -24,7 +24,7 @@ def main() -> int:
 
 
 def page() -> str:
-    return "\n".join([HEAD, *gateway(), *ledger(), *engine(), *sampler(), *overload()])
+    return "\n".join([HEAD, *gateway(), *ledger(), *engine(), *sampler(), *routing(), *scheduler(), *overload()])
 
 
 def raw(name: str) -> dict[str, Any] | None:
@@ -161,6 +161,56 @@ def sampler() -> Iterator[str]:
             f"{row['ours_ms_per_row']:.3f} | {row['torch_multinomial_ms_per_row']:.3f} |"
         )
     yield ""
+
+
+# ---------------------------------------------------------------- placement
+
+
+def routing() -> Iterator[str]:
+    result = raw("routing")
+    if result is None:
+        return
+    seeds = len(result["results"][0]["runs"])
+    yield "## Routing (`bench/routing.py`)\n"
+    yield (
+        f"A simulation: {result['nodes']} nodes of four speeds, chats of several turns, {seeds} seeds, the same arrivals\n"
+        "for every policy; means of the seeds. Seconds to the first token, the wait in any queue included. The others\n"
+        "know each node's load, exactly or as it was 0.5 s ago; four gateways of ours each know their own works alone.\n"
+    )
+    yield "| chats/s | policy | sees | p50 | p95 | p99 | prefix hits | answer p50 | requests |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for row in result["results"]:
+        mean = row["mean"]
+        yield (
+            f"| {row['rate']:g} | {row['policy']} | {row['view']} | {mean['p50_seconds']:.2f} | "
+            f"{mean['p95_seconds']:.2f} | {mean['p99_seconds']:.2f} | {mean['prefix_hit_share']:.2f} | "
+            f"{mean['whole_answer_p50_seconds']:.2f} | {mean['requests']:,.0f} |"
+        )
+    yield ""
+    yield "Aim: our p95 below every other policy's at both rates.\n"
+
+
+def scheduler() -> Iterator[str]:
+    result = raw("scheduler")
+    if result is None:
+        return
+    machine = result["machine"]
+    yield "## Scheduler (`bench/scheduler.py`)\n"
+    yield (
+        f"{machine['cores']} cores ({machine['processor']}), Python {machine['python']}. One decision in milliseconds,\n"
+        "while works begin and end and nodes join between decisions; prompts of 2,000 ids. Filtered: price caps, an\n"
+        "excluded node, an owner to avoid. Rare: a region of one node in a thousand. Full: no place anywhere. Beside\n"
+        "it one pass over all nodes for the least of their loads, which is less than any full search has to do.\n"
+    )
+    yield "| nodes | decision | p50 | p99 | p99 of processor time | one pass over all |"
+    yield "|---|---|---|---|---|---|"
+    for row in result["results"]:
+        yield (
+            f"| {row['nodes']:,} | {row['kind']} | {row['p50_ms']:.3f} | {row['p99_ms']:.3f} | "
+            f"{row['processor_p99_ms']:.3f} | {row['one_pass_over_all_ms']:.3f} |"
+        )
+    yield ""
+    yield "Aim: p99 under 2 ms at 10,000 nodes.\n"
 
 
 # ---------------------------------------------------------------- overload
