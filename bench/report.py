@@ -173,9 +173,10 @@ def routing() -> Iterator[str]:
     seeds = len(result["results"][0]["runs"])
     yield "## Routing (`bench/routing.py`)\n"
     yield (
-        f"A simulation: {result['nodes']} nodes of four speeds, chats of several turns, {seeds} seeds, the same arrivals\n"
-        "for every policy; means of the seeds. Seconds to the first token, the wait in any queue included. The others\n"
-        "know each node's load, exactly or as it was 0.5 s ago; four gateways of ours each know their own works alone.\n"
+        f"A simulation: {result['nodes']} nodes of four speeds, chats of several turns, {seeds} seeds, the same\n"
+        "arrivals for every policy; means of the seeds. Seconds to the first token, the wait in any queue included.\n"
+        "The others know each node's load, exactly or as it was 0.5 s ago; four gateways of ours each know their own\n"
+        "works and what nodes say with their heartbeats.\n"
     )
     yield "| chats/s | policy | sees | p50 | p95 | p99 | prefix hits | answer p50 | requests |"
     yield "|---|---|---|---|---|---|---|---|---|"
@@ -197,8 +198,8 @@ def scheduler() -> Iterator[str]:
     machine = result["machine"]
     yield "## Scheduler (`bench/scheduler.py`)\n"
     yield (
-        f"{machine['cores']} cores ({machine['processor']}), Python {machine['python']}. One decision in milliseconds,\n"
-        "while works begin and end and nodes join between decisions; prompts of 2,000 ids. Filtered: price caps, an\n"
+        f"{machine['cores']} cores ({machine['processor']}), Python {machine['python']}. One decision in\n"
+        "milliseconds, while works begin and end and nodes join between decisions; prompts of 2,000 ids. Filtered: price caps, an\n"
         "excluded node, an owner to avoid. Rare: a region of one node in a thousand. Full: no place anywhere. Beside\n"
         "it one pass over all nodes for the least of their loads, which is less than any full search has to do.\n"
     )

@@ -362,8 +362,9 @@ def main() -> int:
             print(
                 f"rate {rate:g} {name:21s} {view:13s} TTFT p50 {mean['p50_seconds']:7.3f}"
                 f" p95 {mean['p95_seconds']:7.2f} p99 {mean['p99_seconds']:7.2f} s"
-                f"  prefix hits {mean['prefix_hit_share']:.2f}  answer p50 {mean['whole_answer_p50_seconds']:6.2f} s  busy {mean['busy_share']:.2f}"
-                f"  n {runs[0]['requests']}",
+                f"  prefix hits {mean['prefix_hit_share']:.2f}"
+                f"  answer p50 {mean['whole_answer_p50_seconds']:6.2f} s"
+                f"  busy {mean['busy_share']:.2f}  n {runs[0]['requests']}",
                 flush=True,
             )
     if not given.only:
