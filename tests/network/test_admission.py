@@ -422,6 +422,28 @@ def test_a_turn_that_one_does_not_use_goes_on_to_the_next() -> None:
     assert world.at_rest()
 
 
+@pytest.mark.parametrize("urgent", [False, True])
+def test_one_that_finds_nothing_to_its_liking_keeps_nobody_else_waiting(urgent: bool) -> None:
+    async def body(world: World) -> None:
+        with world.ticket() as picky:
+
+            async def look_in_vain() -> None:
+                while True:
+                    await picky.turn(urgent=urgent)
+
+            looking = asyncio.ensure_future(look_in_vain())
+            await settle()
+            assert world.admission.waiting == 1
+            works = [asyncio.ensure_future(world.work()) for _ in range(3)]
+            await settle()
+            assert [await work for work in works] == [0.0, 0.0, pytest.approx(1.0)]
+            looking.cancel()
+        await settle()
+
+    world = play(body, places=2, queue_places_factor=2)
+    assert world.at_rest()
+
+
 def test_a_turn_given_to_one_that_leaves_in_that_moment_goes_on_to_the_next() -> None:
     async def body(world: World) -> None:
         with world.ticket() as hog:

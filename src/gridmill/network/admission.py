@@ -197,6 +197,7 @@ class Ticket:
             raise self._late()
         if not self._looked and not line.anybody_ahead(self):
             self._looked = True
+            self.round = line.round
             return
         self._looked = True
         self._join()
@@ -301,6 +302,9 @@ class Ticket:
             line.make_room(self, self._admission.queue_places_factor)
             if self._future.done():
                 self._future.result()  # it was the one with the least right
+        # Those before it may have looked already, and wait for something else than what is free.
+        while line.pass_on():
+            pass
 
     def _leave(self) -> None:
         self._line.remove(self)
@@ -358,7 +362,7 @@ class _Line:
         self._urgent: list[Ticket] = []
         self._counts = [0, 0, 0]  # of those who are not urgent, by tier
         self._called = 0
-        self._round = 1
+        self.round = 1
         self._number = 0
         self._asked_until = -math.inf
         # What accounts had got when they were served last, the furthest of them: newcomers begin there.
@@ -552,7 +556,7 @@ class _Line:
             self._timer = None
         if not self.length:
             return
-        self._round += 1
+        self.round += 1
         if self._admission.stopped or not self.places():
             while (ticket := self._next()) is not None:
                 self._call(ticket)
@@ -588,19 +592,19 @@ class _Line:
         self.remove(ticket)
         self._called += 1
         ticket.share.called += 1
-        ticket.call(self._round)
+        ticket.call(self.round)
 
     def _next(self) -> Ticket | None:
         """The first in order that had no turn in this round."""
         for ticket in self._urgent:
-            if ticket.round < self._round:
+            if ticket.round < self.round:
                 return ticket
         best: Ticket | None = None
         best_mark = (0, 0.0, 0)
         for share in self._waiting:
             mark = share.counter + share.called * self._per_turn(share)
             for tickets in share.waiting:
-                first = next((each for each in tickets if each.round < self._round), None)
+                first = next((each for each in tickets if each.round < self.round), None)
                 if first is not None:
                     key = (self.tier_now(first), mark, first.number)
                     if best is None or key < best_mark:
