@@ -199,9 +199,9 @@ def scheduler() -> Iterator[str]:
     yield "## Scheduler (`bench/scheduler.py`)\n"
     yield (
         f"{machine['cores']} cores ({machine['processor']}), Python {machine['python']}. One decision in\n"
-        "milliseconds, while works begin and end and nodes join between decisions; prompts of 2,000 ids. Filtered: price\n"
-        "caps, an excluded node, an owner to avoid. Rare: a region of one node in a thousand. Full: no place anywhere. Beside\n"
-        "it one pass over all nodes for the least of their loads, which is less than any full search has to do.\n"
+        "milliseconds, while works begin and end and nodes join between decisions; prompts of 2,000 ids. Filtered:\n"
+        "price caps, an excluded node, an owner to avoid. Rare: a region of one node in a thousand. Full: no place\n"
+        "anywhere. Beside it one pass over all nodes for the least of their loads: less than a full search has to do.\n"
     )
     yield "| nodes | decision | p50 | p99 | p99 of processor time | one pass over all |"
     yield "|---|---|---|---|---|---|"
