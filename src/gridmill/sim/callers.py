@@ -45,6 +45,7 @@ class Call:
         self.weight = weight
         self.flexible = flexible
         self.wait_seconds = wait_seconds
+        self.lane = 0  # which gateway it asks
 
         self.received: list[int] = []
         self.asked_at = 0.0
@@ -61,6 +62,7 @@ class Call:
         self.told_nanocredits = -1  # what the answer said that it cost
         self.settled_nanocredits: list[int] = []  # what the books said, each time they did
         self.cached_tokens = 0
+        self.served_by: object = None  # the life of a network
         self.handler: asyncio.Task[None] | None = None
         self._pause: asyncio.Future[None] | None = None
         self._unread = 0

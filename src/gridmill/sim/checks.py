@@ -20,6 +20,7 @@ from gridmill.network.store import Row, Transaction
 from gridmill.sim.callers import Call
 from gridmill.sim.clock import Program, VirtualLoop
 from gridmill.sim.model import ids_of
+from gridmill.sim.network import Network
 from gridmill.sim.nodes import SimNode
 from gridmill.sim.world import World
 from gridmill.wire import receipts as rules
@@ -85,13 +86,18 @@ async def after(world: World, balances: Mapping[str, int], healthy: bool) -> lis
 async def _at_rest(world: World) -> list[str]:
     """Waits until every living node is back and has countersigned what it was sent."""
     loop = world.loop
-    network = world.network
-    await network.ready.wait()
+    for network in world.lanes:
+        await network.ready.wait()
     deadline = loop.time() + RECONNECT_SECONDS_MAX
     missing: list[SimNode] = []
     while loop.time() < deadline:
         await asyncio.sleep(REST_SECONDS)
-        served = {view.node_id for views in network.parts.registry.snapshot().by_class.values() for view in views}
+        served = {
+            view.node_id
+            for network in world.lanes
+            for views in network.parts.registry.snapshot().by_class.values()
+            for view in views
+        }
         missing = [node for node in world.nodes if node.alive and node.node_id not in served]
         if not missing and (world.disk_failed or not world.disk.read(_uncountersigned)):
             break
@@ -115,8 +121,17 @@ async def _uncountersigned(transaction: Transaction) -> list[Row]:
 
 def _idle(world: World) -> list[str]:
     """Nobody asks anything, so nobody may hold anything."""
-    parts = world.network.parts
-    problems = []
+    problems = [problem for network in world.lanes for problem in _idle_network(world, network)]
+    for node in world.nodes:
+        if node.agent is not None and node.agent.running:
+            problems.append(f"at rest {node.build.name} runs {node.agent.running} works")
+        if node.engine is not None and node.engine.telemetry().running:
+            problems.append(f"at rest the engine of {node.build.name} runs something")
+    return problems
+
+
+def _idle_network(world: World, network: Network) -> list[str]:
+    parts = network.parts
     withheld = {node.node_id for node in world.nodes if node.withheld}
     numbers = {
         "works on links": sum(
@@ -131,23 +146,16 @@ def _idle(world: World) -> list[str]:
         "orders in the books": len(parts.books._live),
         "orders in purses": sum(purse.live + purse.waiting for purse in parts.books._purses.values()),
         "keys that are being served": len(parts.dispatcher._serving),
-        "handlers": len(world.network.calls),
-        "disputed receipts": sum(network.parts.desk.disputes for network in world.networks),
-        "wrong countersignatures": sum(network.parts.desk.signatures_wrong for network in world.networks),
+        "handlers": len(network.calls),
+        "disputed receipts": parts.desk.disputes,
+        "wrong countersignatures": parts.desk.signatures_wrong,
     }
-    problems += [f"at rest there are {count} {what}" for what, count in numbers.items() if count]
-    for node in world.nodes:
-        if node.agent is not None and node.agent.running:
-            problems.append(f"at rest {node.build.name} runs {node.agent.running} works")
-        if node.engine is not None and node.engine.telemetry().running:
-            problems.append(f"at rest the engine of {node.build.name} runs something")
-    return problems
+    return [f"at rest there are {count} {what} of {network.program.name}" for what, count in numbers.items() if count]
 
 
 async def _ended(world: World) -> list[str]:
     """All programs end when they are asked to, and leave no task and no timer behind."""
     problems = []
-    network = world.network
     living = [node for node in world.nodes if node.alive]
     for node in living:
         node.leave(drain_seconds=5.0)
@@ -155,12 +163,17 @@ async def _ended(world: World) -> list[str]:
         async with asyncio.timeout(60.0):
             for node in living:
                 await node.over.wait()
-            network.stop(drain_seconds=5.0)
-            await network.stopped.wait()
+            for network in world.lanes:
+                network.stop(drain_seconds=5.0)
+            for network in world.lanes:
+                await network.stopped.wait()
             await asyncio.sleep(3.0)
     except TimeoutError:
         problems.append(f"not all programs end: {[node.build.name for node in living if node.alive]}")
-    programs = [network.program, *(node.program for node in living if node.program is not None)]
+    programs = [
+        *(network.program for network in world.lanes),
+        *(node.program for node in living if node.program is not None),
+    ]
     for program in programs:
         problems += [f"{program.name} left a task: {task!r}" for task in program.tasks()]
         problems += [f"{program.name} left a timer: {timer!r}" for timer in _timers_of(world.loop, program)]
@@ -169,12 +182,15 @@ async def _ended(world: World) -> list[str]:
 
 async def _started_again(world: World) -> list[str]:
     """Another life of the network finds no work to settle. It ends leases that a failing disk had made unknown."""
-    network = await world.start_network()
-    await network.ready.wait()
-    found = network.recovered
-    network.stop(drain_seconds=0.0)
-    await network.stopped.wait()
-    return [f"a network that ended well left {found} works to settle"] if found else []
+    problems = []
+    for lane in range(world.gateways):
+        network = world.start_network(lane)
+        await network.ready.wait()
+        if network.recovered:
+            problems.append(f"a network that ended well left {network.recovered} works to settle")
+        network.stop(drain_seconds=0.0)
+        await network.stopped.wait()
+    return problems
 
 
 def _timers_of(loop: VirtualLoop, program: Program) -> list[Any]:
@@ -282,7 +298,8 @@ def _bill(world: World, call: Call, paid: Paid, some_were_lost: bool) -> list[st
         problems.append(f"{name} was billed {paid.tokens} ids and got {got} ({call.end})")
     # The answer goes first, the entry after: a network that is killed in between may have given it away.
     late = GIVEN_AWAY_DISK_SECONDS if world.disk_failed else GIVEN_AWAY_SECONDS
-    given_away = any(abs(network.killed_at - call.ended_at) <= late for network in world.networks)
+    life = call.served_by
+    given_away = isinstance(life, Network) and abs(life.killed_at - call.ended_at) <= late
     if not given_away and not cut_late and (call.end in FINISHED or (call.streaming and call.end != "lost")):
         if paid.tokens != got:
             problems.append(f"{name} ended as {call.end} with {got} ids and was billed {paid.tokens}")

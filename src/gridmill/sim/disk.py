@@ -1,12 +1,14 @@
 """The network's database without its thread: the real transactions and commits, when virtual time says so.
 
-A `Disk` outlives programs. What a program handed in is committed a little later, many at once, and the program hears of
-it later still: killed in between, it never knew. Told to fail, a commit is undone, or kept although it seems undone.
+A `Disk` outlives programs, and several may share it, as gateways share a PostgreSQL. What a program handed in is
+committed a little later, many at once, and the program hears of it later still: killed in between, it never knew. Told
+to fail, a commit is undone, or kept although it seems undone.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import functools
 import sqlite3
 from collections.abc import Callable, Sequence
@@ -26,7 +28,7 @@ from gridmill.network.store import (
     _SqliteTransaction,
     statements_of,
 )
-from gridmill.sim.clock import VirtualLoop
+from gridmill.sim.clock import Program, VirtualLoop
 
 T = TypeVar("T")
 
@@ -42,6 +44,7 @@ class Disk:
         self.connection.deserialize(_fresh(tuple(migrations)))
         self.connection.execute("PRAGMA foreign_keys = ON")
         self.commits = 0
+        self.stores: list[MemoryStore] = []
 
     def read(self, action: Action[T]) -> T:
         """For checks: at once, from outside of all programs."""
@@ -72,7 +75,14 @@ def _fresh(migrations: tuple[Migration, ...]) -> bytes:
 class MemoryStore:
     """One program's store on a disk; meets `network.store.Store`."""
 
-    def __init__(self, disk: Disk, loop: VirtualLoop, random: Random, delay_seconds: float = 0.002) -> None:
+    def __init__(
+        self,
+        disk: Disk,
+        loop: VirtualLoop,
+        random: Random,
+        delay_seconds: float = 0.002,
+        program: Program | None = None,
+    ) -> None:
         self._disk = disk
         self._loop = loop
         self._random = random
@@ -80,6 +90,8 @@ class MemoryStore:
         self._waiting: list[tuple[Action[Any], asyncio.Future[Any]]] = []
         self._timer: asyncio.TimerHandle | None = None
         self._listeners: list[Changed] = []
+        self._context = program.context.copy() if program is not None else contextvars.copy_context()
+        disk.stores.append(self)
         self.trouble: Callable[[], Trouble | None] = _none
 
     async def open(self, migrations: Sequence[Migration]) -> None:
@@ -127,7 +139,8 @@ class MemoryStore:
         else:
             self._loop.call_later(self._some(), self._tell, done)
         if announcements:
-            self._loop.call_later(self._some(), self._announce, announcements)
+            for store in disk.stores:
+                self._loop.call_later(self._some(), store._hear, announcements, context=store._context)
 
     def _tell(self, done: Sequence[tuple[asyncio.Future[Any], Future[Any]]]) -> None:
         for reply, future in done:
@@ -144,7 +157,7 @@ class MemoryStore:
             if not reply.done():
                 reply.set_exception(StoreUnusable("the simulated disk failed"))
 
-    def _announce(self, announcements: Sequence[tuple[str, str]]) -> None:
+    def _hear(self, announcements: Sequence[tuple[str, str]]) -> None:
         for topic, subject in announcements:
             for changed in self._listeners:
                 changed(topic, subject)

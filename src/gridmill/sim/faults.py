@@ -126,20 +126,22 @@ class Fault(msgspec.Struct, frozen=True):
                 end.mischief = MISCHIEFS[self.choice // 2 % len(MISCHIEFS)]
 
     async def _to_network(self, world: World) -> None:
-        seconds, network = self.seconds, world.network
+        lane = self.choice // 64 % world.gateways
+        seconds, network = self.seconds, world.lane(lane)
         if not network.listening:
             return
         match self.kind:
             case "network_kill":
                 network.kill()
-                await asyncio.sleep(min(seconds, 5.0))
-                await world.start_network()
+                # Where there is another gateway it has time to find what this one left.
+                await asyncio.sleep(min(seconds, 5.0) if world.gateways == 1 else 2 * seconds)
+                world.start_network(lane)
             case "network_stop":
                 network.stop(drain_seconds=(0.0, 1.0, 5.0)[self.choice % 3])
                 await network.over.wait()
                 await asyncio.sleep(min(seconds, 5.0))
-                if world.network is network and network.stopped.is_set():
-                    await world.start_network()
+                if world.lane(lane) is network and network.stopped.is_set():
+                    world.start_network(lane)
             case "network_hang":
                 world.network_hung = True
                 network.program.stop()
@@ -153,7 +155,7 @@ class Fault(msgspec.Struct, frozen=True):
                 network.store.trouble = lambda: None
             case "clock":
                 world.clock_jumped = True
-                world.network.wall_ahead_seconds += (-5.0, 3.0, 12.0)[self.choice % 3]
+                network.wall_ahead_seconds += (-5.0, 3.0, 12.0)[self.choice % 3]
             case "revoke":
                 network.program.run(lambda: network.parts.dispatcher.revoke([KeyId("key-b")]))
             case "everybody":

@@ -111,7 +111,7 @@ class _Run:
     async def play(self) -> Fleet:
         loop, plan, world, random = self._loop, self._plan, self._world, self._random
         began_real, began = time.perf_counter(), loop.time()
-        network = await world.start_network()
+        network = world.start_network()
         for number in range(plan.nodes):
             world.add_node(self._build(number), Identity(random.randbytes(32)))
         await network.ready.wait()

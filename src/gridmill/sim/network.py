@@ -34,8 +34,6 @@ from gridmill.wire.link import Link, NetworkSide, Reason
 from gridmill.wire.messages import Emission
 from gridmill.wire.transport import Conversation
 
-HOLDER = GatewayId("gateway-1")
-
 
 class Silent:
     """An observer that does not look."""
@@ -69,13 +67,15 @@ class Network:
         random: Random,
         *,
         name: str = "network",
+        holder: str = "gateway-1",
         key_seed: bytes = bytes(32),
         heartbeat_seconds: float = 5.0,
         receipts: bool = True,
     ) -> None:
         self.program = Program(loop, name)
+        self.holder = GatewayId(holder)
         self.identity = Identity(key_seed)
-        self.store = MemoryStore(disk, loop, random)
+        self.store = MemoryStore(disk, loop, random, program=self.program)
         self.parts = Parts()
         self.ready = asyncio.Event()
         self.stopped = asyncio.Event()
@@ -205,7 +205,7 @@ class Network:
         )
         books = parts.books = Books(
             store,
-            holder=HOLDER,
+            holder=self.holder,
             network_key=self.identity.public,
             clock=loop.time,
             wall_ms=lambda: int(self.wall() * 1000),

@@ -64,6 +64,7 @@ class SimNode:
     def __init__(self, build: Build, loop: VirtualLoop, seed: str, lines: Lines, owner: Identity) -> None:
         self.build = build
         self.identity = Identity(Random(f"{seed}/{build.name}/key").randbytes(32))
+        self.lane = 0  # which gateway it dials
         self.node_id = node_id_of(self.identity.public)
         self.owner = owner
         self.random = Random(f"{seed}/{build.name}")

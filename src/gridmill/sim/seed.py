@@ -25,6 +25,7 @@ from gridmill.wire.sampling import Sampling, pack_ids
 
 CREDIT = 10**12  # nanocredits: a thousand credits, more than any seed spends
 POOR_CREDIT = 40_000  # a few works
+BUDGET = 90_000  # of a key that has one
 ARRIVALS_SECONDS = 12.0
 QUIET_SECONDS_MAX = 400.0  # the longest that anything may take to end once nobody asks any more
 PRICE = Price(50, 10, 400)
@@ -79,10 +80,12 @@ class _Scene:
         self.random = Random(f"scene {seed}")
         # Most seeds ask every node for the same price, so that a charge says at once what it should have been.
         self.uniform = self.random.random() < 0.7
-        self.world = World(loop, str(seed), heartbeat_seconds=self.random.choice((1.0, 5.0)))
+        gateways = 2 if self.random.random() < 0.2 else 1
+        self.world = World(loop, str(seed), heartbeat_seconds=self.random.choice((1.0, 5.0)), gateways=gateways)
         self.builds = self._builds()
         self.faults = faults.draw(self.random, ARRIVALS_SECONDS, len(self.builds)) if with_faults else []
-        self.payers = [Payer("alice", "key-a"), Payer("bob", "key-b"), Payer("carol", "key-c")]
+        limited = self.random.random() < 0.3
+        self.payers = [Payer("alice", "key-a", limited), Payer("bob", "key-b"), Payer("carol", "key-c")]
         self.balances = {"alice": CREDIT, "bob": CREDIT, "carol": CREDIT}
         if self.random.random() < 0.2:
             self.balances["carol"] = POOR_CREDIT
@@ -92,16 +95,19 @@ class _Scene:
         """Whether no fault came near the network and one of the nodes. A dearer node may not be one for every work."""
         to_nodes = {fault.node for fault in self.faults if fault.kind in faults.NODE_FAULTS}
         to_network = any(fault.kind in faults.NETWORK_FAULTS for fault in self.faults)
-        return self.uniform and not to_network and len(to_nodes) < len(self.builds)
+        spared = len(to_nodes) < len(self.builds)
+        return self.uniform and not to_network and spared and self.world.gateways == 1
 
     async def play(self) -> None:
         loop, world = self.loop, self.world
-        network = await world.start_network()
+        for lane in range(world.gateways):
+            world.start_network(lane)
         for payer in self.payers:
-            world.give(payer, self.balances[payer.account_id])
+            world.give(payer, self.balances[payer.account_id], BUDGET)
         for build, owner in self.builds:
             world.add_node(build, owner)
-        await network.ready.wait()
+        for network in world.lanes:
+            await network.ready.wait()
         for node in world.nodes:
             node.start()
         await asyncio.sleep(1.0)
@@ -166,7 +172,7 @@ class _Scene:
         )
         work = Generate(f"work-{number}", CLASS_ID, pack_ids(prompt), sampling, salt=random.randbytes(16))
         slow = random.random() < 0.15
-        return Call(
+        call = Call(
             work,
             random.choice(self.payers),
             streaming=random.random() < 0.7,
@@ -178,6 +184,8 @@ class _Scene:
             flexible=random.random() < 0.15,
             wait_seconds=random.choice((0.0, 0.3, 3.0)) if random.random() < 0.1 else None,
         )
+        call.lane = random.randrange(self.world.gateways)
+        return call
 
 
 def _tell(scene: _Scene, report: Report) -> None:
