@@ -24,7 +24,7 @@ from gateway import HERE, processor
 
 from gridmill.network.metering import FeePolicy, PriceRow
 from gridmill.network.registry import NodeRecord, Registry
-from gridmill.network.scheduler import Full, Request
+from gridmill.network.scheduler import ANYWHERE, Allowed, Full, Request
 from gridmill.network.store import store_at
 from gridmill.wire.classes import ModelClass
 from gridmill.wire.messages import ClassOffer, NodeId, OwnerId, Price
@@ -123,7 +123,7 @@ class Fleet:
             not_above=Price(60, 30, 300) if kind == "filtered" else None,
             excluded=frozenset({self.random.choice(self.records).node_id}),
             avoid_owners=frozenset({OwnerId(f"owner-{self.random.randrange(100)}")}),
-            regions=frozenset({"rare"}) if kind == "rare" else None,
+            allowed=Allowed(regions=frozenset({"rare"})) if kind == "rare" else ANYWHERE,
         )
 
     def decide(self, kind: str) -> tuple[float, float]:

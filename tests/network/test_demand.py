@@ -11,7 +11,7 @@ from test_plain_api import Stage, over_a_socket
 from gridmill.network import demand
 from gridmill.network.control import ControlError
 from gridmill.network.registry import NodeRecord, Registry
-from gridmill.network.scheduler import Placement, Reason, Request
+from gridmill.network.scheduler import Allowed, Placement, Reason, Request
 from gridmill.wire.classes import ClassId, ModelClass
 from gridmill.wire.messages import ClassOffer, NodeId, OwnerId
 
@@ -78,7 +78,7 @@ def test_a_node_that_is_never_looked_at_is_told_so() -> None:
 def test_filters_and_full_places_are_reasons_of_their_own() -> None:
     registry = fleet()
     here, there = join(registry, "here", region="eu"), join(registry, "there", region="us", slots=1)
-    registry.place(Request(CLASS_ID, 10, 10, regions=frozenset({"eu"})))
+    registry.place(Request(CLASS_ID, 10, 10, allowed=Allowed(regions=frozenset({"eu"}))))
     registry.begin(there, CLASS_ID)
     registry.place(Request(CLASS_ID, 10, 10))
     assert lost(registry, there) == {"region": 1, "busy": 1}

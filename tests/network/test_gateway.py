@@ -26,7 +26,8 @@ from gridmill.network.gateway.openai import OpenAIGateway
 from gridmill.network.journey import Outcome
 from gridmill.network.limits import Limits
 from gridmill.network.metering import FREE, PriceRow
-from gridmill.network.registry import ModelCard, UnknownModel
+from gridmill.network.registry import TIER_INVITED, ModelCard, UnknownModel
+from gridmill.network.scheduler import ANYWHERE, Allowed
 from gridmill.network.store import SqliteStore
 from gridmill.network.text import TextError
 from gridmill.wire.classes import ClassId, TextFacts
@@ -124,6 +125,7 @@ class FakeDispatcher:
     def __init__(self) -> None:
         self.script: Script = saying("Hello")
         self.works: list[Generate] = []
+        self.orders: list[Order] = []
         self.running = 0
         self.cancelled = asyncio.Event()
 
@@ -132,6 +134,7 @@ class FakeDispatcher:
     ) -> Outcome:
         assert order.payer.account_id == "account-1"
         self.works.append(work)
+        self.orders.append(order)
         self.running += 1
         try:
             return await self.script(Delivery(work, emit, placed, len(self.works) - 1))
@@ -549,6 +552,16 @@ async def test_one_failing_choice_ends_the_stream_and_cancels_its_siblings(stage
 
 
 # ---------------------------------------------------------------- where an answer ends
+
+
+@over_a_socket()
+async def test_what_a_caller_asks_of_nodes_and_its_name_for_a_chat_reach_the_placement(stage: Scene) -> None:
+    await stage.answer(routing={"regions": ["eu"], "trust": "invited"}, prompt_cache_key="chat-1")
+    await stage.answer()
+    first, second = stage.dispatcher.orders
+    assert first.allowed == Allowed(regions=frozenset({"eu"}), tier=TIER_INVITED)
+    assert first.sticky == "account-1\0chat-1"  # two accounts may use the same name
+    assert (second.allowed, second.sticky) == (ANYWHERE, "")
 
 
 @over_a_socket()

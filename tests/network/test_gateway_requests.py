@@ -19,6 +19,7 @@ from gridmill.network.gateway.requests import (
     parse_completion,
     parse_max_wait,
 )
+from gridmill.network.scheduler import ANYWHERE, Allowed
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -91,7 +92,6 @@ def test_what_is_accepted_without_effect_changes_nothing() -> None:
         "metadata": {"a": "b"},
         "store": True,
         "safety_identifier": "s",
-        "prompt_cache_key": "k",
         "parallel_tool_calls": False,
     }
     assert values.keys() == ACCEPTED_WITHOUT_EFFECT.keys()
@@ -102,6 +102,33 @@ def test_what_is_accepted_without_effect_changes_nothing() -> None:
 @pytest.mark.parametrize("name", sorted(ACCEPTED_WITHOUT_EFFECT))
 def test_what_is_accepted_without_effect_is_still_typed(name: str) -> None:
     assert refused_chat(**{name: [1]}).param == name
+
+
+def test_a_caller_says_which_nodes_may_have_its_request() -> None:
+    assert chat().routing == chat(routing={}).routing == ANYWHERE
+    assert chat(routing={"regions": ["eu", "us"], "trust": "invited"}).routing == Allowed(
+        regions=frozenset({"eu", "us"}), tier=1
+    )
+    assert completion(routing={"owners": ["o"], "trust": "operator"}).routing == Allowed(frozenset({"o"}), tier=2)
+    assert chat(prompt_cache_key="k").prompt_cache_key == "k"
+
+
+@pytest.mark.parametrize(
+    ("routing", "param"),
+    [
+        ("eu", "routing"),
+        ({"region": ["eu"]}, "routing.region"),
+        ({"regions": "eu"}, "routing.regions"),
+        ({"regions": []}, "routing.regions"),
+        ({"regions": ["eu", 5]}, "routing.regions[1]"),
+        ({"owners": [""]}, "routing.owners[0]"),
+        ({"owners": ["o"] * 65}, "routing.owners"),
+        ({"trust": "some"}, "routing.trust"),
+        ({"trust": ["any"]}, "routing.trust"),
+    ],
+)
+def test_a_choice_of_nodes_that_cannot_be_read_is_refused_by_its_name(routing: object, param: str) -> None:
+    assert refused_chat(routing=routing).param == param
 
 
 def test_a_service_tier_is_default_or_flex_and_auto_means_default() -> None:

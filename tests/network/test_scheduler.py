@@ -6,7 +6,7 @@ from gridmill.network.fleet import Member, Roster, Snapshot, Standing
 from gridmill.network.health import Health
 from gridmill.network.metering import FREE, FeePolicy, PriceRow
 from gridmill.network.pace import Pace
-from gridmill.network.scheduler import Full, Placement, Reason, Request, place
+from gridmill.network.scheduler import Allowed, Full, Placement, Reason, Request, place
 from gridmill.wire.messages import NodeId, OwnerId, Price
 from gridmill.wire.sampling import pack_ids
 
@@ -169,10 +169,10 @@ def test_region_owner_and_tier_are_kept() -> None:
         return node("a", region="eu", owner="x", tier=1, speed=1), node("b", region="us", owner="y")
 
     assert chosen(*here()) == "b"
-    assert chosen(*here(), regions=frozenset({"eu"})) == "a"
-    assert chosen(*here(), owners=frozenset({"x"})) == "a"
-    assert chosen(*here(), min_tier=1) == "a"
-    found = choose(*here(), regions=frozenset({"mars"}))
+    assert chosen(*here(), allowed=Allowed(regions=frozenset({"eu"}))) == "a"
+    assert chosen(*here(), allowed=Allowed(owners=frozenset({"x"}))) == "a"
+    assert chosen(*here(), allowed=Allowed(tier=1)) == "a"
+    found = choose(*here(), allowed=Allowed(regions=frozenset({"mars"})))
     assert isinstance(found, Full) and found.reason == "no_node"
     assert set(reasons(found).values()) == {"region"}
 

@@ -24,7 +24,7 @@ from gridmill.network.journey import Emit, Journey, Left, Observer, Outcome, Pat
 from gridmill.network.links import Links, NodeLink
 from gridmill.network.metering import FREE, subsidy_most
 from gridmill.network.registry import Registry
-from gridmill.network.scheduler import Full, Placement, Request
+from gridmill.network.scheduler import ANYWHERE, Full, Placement, Request
 from gridmill.wire.classes import ClassId
 from gridmill.wire.messages import Generate, Price
 
@@ -189,10 +189,16 @@ class Dispatcher:
                     return node_link
                 journey.exclude(found.node_id)  # It left in this very moment.
             if self._stopping or (found.reason == "no_node" and not waits_for_a_node):
-                raise self._nobody(failure)
+                raise self._nobody(failure, only_some=journey.order.allowed != ANYWHERE)
 
-    def _nobody(self, failure: Left | None) -> Exception:
+    def _nobody(self, failure: Left | None, *, only_some: bool = False) -> Exception:
         match failure:
+            case None if only_some:
+                return NoRoom(
+                    "no_node",
+                    "no node that serves this model now is of the owners, regions and trust that `routing` asks for",
+                    RETRY_AFTER_NO_NODE_SECONDS,
+                )
             case None:
                 return NoRoom(
                     "no_node",
@@ -237,6 +243,8 @@ class Dispatcher:
             affordable_nanocredits=None if fixed else order.amount,
             max_price=None if fixed else order.max_price,
             excluded=journey.excluded(),
+            sticky=order.sticky,
+            allowed=order.allowed,
             explain=order.whys is not None,
             avoid_owners=frozenset(journey.left_owners),
         )

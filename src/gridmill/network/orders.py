@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from gridmill.network.metering import Charge, PriceRow, Usage
-from gridmill.network.scheduler import Why
+from gridmill.network.scheduler import ANYWHERE, Allowed, Why
 from gridmill.network.settlement import (
     Finish,
     Job,
@@ -45,6 +45,7 @@ class Order:
         "_ids",
         "_part_first",
         "account_weight",
+        "allowed",
         "amount",
         "cached_tokens",
         "charged",
@@ -80,6 +81,7 @@ class Order:
         "shown",
         "start",
         "started_ms",
+        "sticky",
         "terms",
         "whys",
         "work_id",
@@ -109,6 +111,8 @@ class Order:
         self.prompt_hash = bytes(32)
         self.max_price: Price | None = None  # the caller's: a dearer node is not asked
         self.max_wait_seconds: float | None = None  # the caller's: a longer wait for a place is not wanted
+        self.allowed: Allowed = ANYWHERE  # the caller's: other nodes are not asked
+        self.sticky = ""  # what the caller names its conversation, for its cache's sake
         self.account_weight = 1
         self.whys: list[tuple[Why, ...]] | None = None  # filled when the caller asks why its nodes were chosen
         self.flexible = False  # of the tier that waits, and is sent away first

@@ -51,6 +51,17 @@ Reason = Literal[
 ]
 
 
+class Allowed(msgspec.Struct, frozen=True):
+    """Which nodes a caller wants at all. None means any; `tier` is the least (`registry.TIER_…`)."""
+
+    owners: frozenset[str] | None = None
+    regions: frozenset[str] | None = None
+    tier: int = 0
+
+
+ANYWHERE = Allowed()
+
+
 class Request(msgspec.Struct, frozen=True):
     """What has to be placed. Prices are per token; `prompt` is packed uint32, what was delivered included.
 
@@ -72,9 +83,7 @@ class Request(msgspec.Struct, frozen=True):
     excluded: frozenset[NodeId] = frozenset()
     avoid_owners: frozenset[OwnerId] = frozenset()
     sticky: str = ""
-    owners: frozenset[str] | None = None
-    regions: frozenset[str] | None = None
-    min_tier: int = 0
+    allowed: Allowed = ANYWHERE
     explain: bool = False
 
 
@@ -222,11 +231,12 @@ def refusal(member: Member, request: Request) -> Reason | None:
         return "tried before"
     if member.draining:
         return "draining"
-    if request.regions is not None and member.region not in request.regions:
+    allowed = request.allowed
+    if allowed.regions is not None and member.region not in allowed.regions:
         return "region"
-    if request.owners is not None and member.owner_id not in request.owners:
+    if allowed.owners is not None and member.owner_id not in allowed.owners:
         return "owner"
-    if member.tier < request.min_tier:
+    if member.tier < allowed.tier:
         return "tier"
     if not _within_prices(member, request):
         return "price cap"
@@ -289,8 +299,8 @@ def _might(request: Request, roster: Roster, random: Random) -> Iterator[Member]
         most_for_output.append(request.affordable_nanocredits // request.output_tokens)
     return roster.among(
         random,
-        owners=request.owners,
-        regions=request.regions,
+        owners=request.allowed.owners,
+        regions=request.allowed.regions,
         output_nanocredits_max=min(most_for_output, default=None),
     )
 

@@ -259,6 +259,9 @@ class OpenAIGateway:
             work_id = f"{request_id}-{want.index}"
             order = self.books.order(payer, work_id, card.class_id, card.name, want.input_tokens, amount)
             order.max_price = request.max_price
+            order.allowed = request.routing
+            if request.prompt_cache_key:
+                order.sticky = f"{account.account_id}\0{request.prompt_cache_key}"
             order.shown = request.stream  # else the caller has nothing until it has all
             order.account_weight = account.weight
             order.flexible = request.service_tier == "flex"

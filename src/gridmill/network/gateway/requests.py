@@ -18,6 +18,8 @@ from typing import Any, Literal, NoReturn
 
 import msgspec
 
+from gridmill.network.registry import TIER_INVITED, TIER_OWN
+from gridmill.network.scheduler import ANYWHERE, Allowed
 from gridmill.wire.codec import PRICE_NANOCREDITS_MAX
 from gridmill.wire.messages import Price
 from gridmill.wire.sampling import LOGIT_BIAS_ENTRIES_MAX, STOP_TOKEN_IDS_MAX, TOP_LOGPROBS_MAX, Sampling
@@ -29,6 +31,8 @@ STOP_STRINGS_MAX = 16  # OpenAI allows 4
 STOP_CHARACTERS_MAX = 256  # also how much text may be held back while a stop string could still be completing
 MODEL_CHARACTERS_MAX = 256
 LABEL_CHARACTERS_MAX = 512  # `user`, `cache_salt`, message names: identifiers, not content
+ROUTING_LABELS_MAX = 64
+TRUST = {"any": 0, "invited": TIER_INVITED, "operator": TIER_OWN}
 METADATA_ENTRIES_MAX = 64  # OpenAI allows 16
 TOKENS_MAX = 1 << 24  # no class may have a longer context (wire.classes.parse_facts)
 TOKEN_ID_MAX = (1 << 32) - 1  # ids travel as uint32
@@ -75,6 +79,8 @@ class _Request(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: tuple[int, ...] = ()
     cache_salt: str | None = None
     max_price: Price | None = None
+    routing: Allowed = ANYWHERE
+    prompt_cache_key: str | None = None
     top_logprobs: int | None = None  # as in Sampling: None reports none, 0 only the chosen ids'
     service_tier: ServiceTier | None = None
 
@@ -397,6 +403,30 @@ def _max_price(name: str, value: Any) -> Price:
     return Price(read["input"], read["input"], read["output"])
 
 
+def _routing(name: str, value: Any) -> Allowed:
+    """Which nodes may have this request: of these owners, in these regions, trusted at least so much."""
+    if type(value) is not dict:
+        raise RequestError(f"{name} must be an object with owners, regions or trust, not {_shown(value)}", name)
+    for key in value:
+        if key not in ("owners", "regions", "trust"):
+            raise RequestError(f"unknown parameter '{name}.{_clip(key)}'", f"{name}.{_clip(key)}", "unknown_parameter")
+    trust = value.get("trust")
+    if trust is not None and (type(trust) is not str or trust not in TRUST):
+        allowed = ", ".join(TRUST)
+        raise RequestError(f"{name}.trust must be one of {allowed}, not {_shown(trust)}", f"{name}.trust")
+    words = {
+        key: None if value.get(key) is None else _labels(f"{name}.{key}", value[key]) for key in ("owners", "regions")
+    }
+    return Allowed(words["owners"], words["regions"], TRUST[trust or "any"])
+
+
+def _labels(name: str, value: Any) -> frozenset[str]:
+    each = _text(LABEL_CHARACTERS_MAX)
+    if type(value) is not list or not 1 <= len(value) <= ROUTING_LABELS_MAX:
+        raise RequestError(f"{name} must be a list of 1 to {ROUTING_LABELS_MAX} strings, not {_shown(value)}", name)
+    return frozenset(each(f"{name}[{index}]", one) for index, one in enumerate(value))
+
+
 def _prompt(name: str, value: Any) -> tuple[str | tuple[int, ...], ...]:
     if type(value) is str:
         return (value,)
@@ -489,13 +519,12 @@ def _part(path: str, part: Any) -> str:
 
 # ---------------------------------------------------------------- the tables
 
-# Typed and then dropped; `prompt_cache_key` will steer placement once there is more than one node to choose from.
+# Typed and then dropped.
 ACCEPTED_WITHOUT_EFFECT: Mapping[str, Reader] = {
     "user": _text(LABEL_CHARACTERS_MAX, characters_min=0),
     "metadata": _metadata,
     "store": _boolean,
     "safety_identifier": _text(LABEL_CHARACTERS_MAX, characters_min=0),
-    "prompt_cache_key": _text(LABEL_CHARACTERS_MAX, characters_min=0),
     "parallel_tool_calls": _boolean,
 }
 
@@ -526,6 +555,8 @@ _SHARED: Mapping[str, Reader] = {
     "stop_token_ids": _stop_token_ids,
     "cache_salt": _text(LABEL_CHARACTERS_MAX),
     "max_price": _max_price,
+    "routing": _routing,
+    "prompt_cache_key": _text(LABEL_CHARACTERS_MAX, characters_min=0),
     "service_tier": _service_tier,
     "response_format": _response_format,
     **ACCEPTED_WITHOUT_EFFECT,
