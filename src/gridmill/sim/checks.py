@@ -45,6 +45,7 @@ HONEST = frozenset(
     }
 )
 REST_SECONDS = 5.0  # the last words of nodes, and settlements that wait for them
+LINGER_SECONDS = 95.0  # a purse is idle after a minute; then a round of the keeper, and a lease's life
 RECONNECT_SECONDS_MAX = 120.0  # a node's pauses between dials grow to half a minute
 JOURNAL_SECONDS = 0.3  # what a kill may cost of delivered counts: 50 ms are promised, and disks are slow
 WAIT_SECONDS_OVER = 11.0  # money may be waited for besides, and a node that does not answer its offer
@@ -60,8 +61,8 @@ class Paid(msgspec.Struct):
     tokens: int
 
 
-async def after(world: World, balances: Mapping[str, int], healthy: bool) -> list[str]:
-    """All checks, in the order in which the world ends.
+async def after(world: World, balances: Mapping[str, int], healthy: bool, lingers: bool) -> list[str]:
+    """All checks, in the order in which the world ends. `lingers`: after a while in which nobody asks anything.
 
     `healthy`: the network and at least one node that any work may go to were well all the time, so that no node's
     fault may reach a caller.
@@ -75,6 +76,8 @@ async def after(world: World, balances: Mapping[str, int], healthy: bool) -> lis
             if call.end in NODE_FAULTS and "in turn" not in call.detail  # four nodes failed it: that is told
         ]
     problems += _idle(world)
+    if lingers:
+        problems += await _lingering(world)
     problems += await _ended(world)
     problems += _books(world, balances)
     return problems
@@ -151,6 +154,16 @@ def _idle_network(world: World, network: Network) -> list[str]:
         "wrong countersignatures": parts.desk.signatures_wrong,
     }
     return [f"at rest there are {count} {what} of {network.program.name}" for what, count in numbers.items() if count]
+
+
+async def _lingering(world: World) -> list[str]:
+    """Money that nobody uses goes home while everything runs, and holds end at their time."""
+    await asyncio.sleep(LINGER_SECONDS)
+    problems = [f"pending {row[0]} is open although nobody asks anything" for row in world.disk.read(_open_pendings)]
+    for network in world.lanes:
+        if network.parts.books._purses:
+            problems.append(f"{network.program.name} keeps {len(network.parts.books._purses)} purses that nobody uses")
+    return problems
 
 
 async def _ended(world: World) -> list[str]:

@@ -55,7 +55,7 @@ def play(seed: int, *, with_faults: bool = True) -> Report:
         try:
             async with asyncio.timeout(3600.0):
                 await scene.play()
-                report.problems += await checks.after(scene.world, scene.balances, scene.healthy)
+                report.problems += await checks.after(scene.world, scene.balances, scene.healthy, scene.lingers)
         except TimeoutError:
             report.problems.append("an hour was not enough")
         except Standstill as problem:
@@ -85,6 +85,7 @@ class _Scene:
         self.builds = self._builds()
         self.faults = faults.draw(self.random, ARRIVALS_SECONDS, len(self.builds)) if with_faults else []
         limited = self.random.random() < 0.3
+        self.lingers = self.random.random() < 0.1
         self.payers = [Payer("alice", "key-a", limited), Payer("bob", "key-b"), Payer("carol", "key-c")]
         self.balances = {"alice": CREDIT, "bob": CREDIT, "carol": CREDIT}
         if self.random.random() < 0.2:
