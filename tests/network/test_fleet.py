@@ -3,10 +3,11 @@
 from collections import Counter
 from random import Random
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gridmill.network.fleet import EJECTED_SHARE_MAX, Member, Roster, Standing, Sticky
+from gridmill.network.fleet import EJECTED_SHARE_MAX, Member, Roster, Snapshot, Standing, Sticky
 from gridmill.network.health import OPEN_SECONDS, SLOW_START_SECONDS, Health
 from gridmill.network.metering import FeePolicy, PriceRow
 from gridmill.network.pace import Pace
@@ -199,11 +200,10 @@ def test_a_burst_of_requests_for_one_text_goes_to_more_nodes_than_its_owner() ->
     assert len(owners) >= 5 and max(owners.values()) <= 5
 
 
-def test_a_node_of_which_little_is_known_gets_its_chance_now_and_then() -> None:
-    from gridmill.network.fleet import Snapshot
-
+@pytest.mark.parametrize("others", [2, 20])
+def test_a_node_of_which_little_is_known_gets_its_chance_now_and_then(others: int) -> None:
     roster = Roster()
-    for number in range(20):
+    for number in range(others):
         known = proven(f"n{number}")
         for tokens in (100, 500, 900):
             known.pace.saw_first(0.0, tokens, tokens / 100_000)

@@ -2,7 +2,7 @@
 
 from random import Random
 
-from gridmill.network.fleet import Member, Roster, Snapshot, Standing
+from gridmill.network.fleet import Member, Roster, Snapshot, Standing, Sticky
 from gridmill.network.health import Health
 from gridmill.network.metering import FREE, FeePolicy, PriceRow
 from gridmill.network.pace import Pace
@@ -185,8 +185,6 @@ def test_another_owner_is_preferred_and_the_same_one_taken_when_nobody_else_has_
 
 
 def test_a_sticky_key_brings_its_node_among_the_candidates() -> None:
-    from gridmill.network.fleet import Sticky
-
     sticky, roster = Sticky(), Roster()
     for number in range(200):
         roster.add(node(f"n{number}", speed=10), NOW)
@@ -197,8 +195,8 @@ def test_a_sticky_key_brings_its_node_among_the_candidates() -> None:
     for seed in range(20):
         found = place(request, seen, now=NOW, random=Random(seed))
         assert isinstance(found, Placement) and found.node_id == "mine"
-    forgotten = place(request, seen, now=NOW + 10_000, random=Random(3))
-    assert isinstance(forgotten, Placement) and forgotten.node_id != "mine"
+    later = [place(request, seen, now=NOW + 10_000, random=Random(seed)) for seed in range(20)]
+    assert {found.node_id for found in later if isinstance(found, Placement)} > {"mine"}, "forgotten: only drawn"
 
 
 def test_gateways_that_share_nothing_send_the_same_text_to_the_same_few_nodes() -> None:

@@ -487,7 +487,7 @@ class Roster:
         some: list[list[Member | None]] = [self._members]
         for index, wanted in ((self._owners, owners), (self._regions, regions)):
             if wanted is not None:
-                some.append([member for key in wanted for member in index.get(key, {}).values()])
+                some.append([member for key in sorted(wanted) for member in index.get(key, {}).values()])
         if output_nanocredits_max is not None:
             end = bisect_left(self._by_price, (output_nanocredits_max + 1, NodeId("")))
             if end < len(min(some, key=len)):

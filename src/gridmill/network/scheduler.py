@@ -200,7 +200,9 @@ def place(request: Request, snapshot: Snapshot, *, now: float, random: Random) -
 def _candidates(
     request: Request, snapshot: Snapshot, roster: Roster, text: Text, now: float, random: Random
 ) -> Iterator[tuple[Member, str]]:
-    """Who is looked at, each with the reason. One may come twice."""
+    """Who is looked at, each with the reason. One may come twice: then the first reason counts."""
+    if random.random() < EXPLORED_SHARE and (unsure := roster.unsure(random)) is not None:
+        yield unsure, "explored"
     if len(roster) <= SAMPLED + 1:
         for member in roster:
             yield member, "all"
@@ -221,8 +223,6 @@ def _candidates(
         drawn = roster.sample(random)
         if drawn is not None:
             yield drawn, "drawn"
-    if random.random() < EXPLORED_SHARE and (unsure := roster.unsure(random)) is not None:
-        yield unsure, "explored"
 
 
 def refusal(member: Member, request: Request) -> Reason | None:
