@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from gridmill.sim.__main__ import complaint, play_many
+from gridmill.sim.__main__ import complaint, play_many, shrink
+from gridmill.sim.faults import Fault
+from gridmill.sim.nodes import SimNode
 from gridmill.sim.seed import play
+from gridmill.sim.world import World
 
 NAMED = sorted((Path(__file__).parent / "seeds").glob("*.txt"))
 SEEDS_QUICK = 120
@@ -56,3 +59,17 @@ def test_a_seed_is_the_same_run_every_time_and_everywhere() -> None:
 @pytest.mark.soak
 def test_nothing_is_wrong_after_ten_thousand_seeds() -> None:
     assert play_many(range(SEEDS_SOAK)) == 0
+
+
+def test_a_failing_seed_is_shrunk_to_what_it_needs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def to_node(self: Fault, world: World, node: SimNode) -> None:
+        if self.kind == "hang":
+            world.loop.problems.append("a bug that only a hang shows")
+
+    monkeypatch.setattr(Fault, "_to_node", to_node)
+    seed = next(seed for seed in range(100) if play(seed).problems and len(play(seed).faults) > 2)
+    assert shrink(seed) == 1
+    told = capsys.readouterr().out
+    assert told.count("\nfault at") == 1 and "hang" in told and "asked" not in told

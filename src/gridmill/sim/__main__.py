@@ -11,7 +11,7 @@ import logging
 import sys
 import time
 
-from gridmill.sim.seed import Report, play
+from gridmill.sim.seed import Report, Without, play
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,15 +20,42 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=100, metavar="COUNT", help="play so many (default 100)")
     parser.add_argument("--from", type=int, default=0, dest="first", metavar="SEED", help="the first of them")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="only each Nth, for several processes")
+    parser.add_argument("--shrink", action="store_true", help="with one seed: leave out what its failure does not need")
+    parser.add_argument("--without-faults", default="", metavar="N,N", help="with one seed: leave these faults out")
+    parser.add_argument("--without-calls", default="", metavar="N,N", help="with one seed: leave these calls out")
     parser.add_argument("--log", action="store_true", help="with one seed: what the programs log, in virtual time")
     arguments = parser.parse_args(argv)
     if arguments.seed is not None:
-        return tell(arguments.seed, arguments.log)
+        without = Without(_numbers(arguments.without_faults), _numbers(arguments.without_calls))
+        return shrink(arguments.seed) if arguments.shrink else tell(arguments.seed, arguments.log, without)
     logging.disable(logging.CRITICAL)
     return play_many(range(arguments.first, arguments.first + arguments.seeds, arguments.every))
 
 
-def tell(seed: int, with_log: bool) -> int:
+def shrink(seed: int) -> int:
+    """Leaves out one fault and one call after the other, for as long as the seed goes on failing."""
+    logging.disable(logging.CRITICAL)
+    first = play(seed)
+    if not first.problems:
+        print(f"seed {seed}: nothing is wrong")
+        return 0
+    without = Without()
+    for number in range(len(first.faults)):
+        fewer = Without(without.faults | {number}, without.calls)
+        without = fewer if play(seed, without=fewer).problems else without
+    for number in range(len(first.trace)):
+        fewer = Without(without.faults, without.calls | {number})
+        without = fewer if play(seed, without=fewer).problems else without
+    shown = [",".join(map(str, sorted(numbers))) for numbers in (without.faults, without.calls)]
+    print(f"python -m gridmill.sim {seed} --log --without-faults '{shown[0]}' --without-calls '{shown[1]}'")
+    return tell(seed, False, without)
+
+
+def _numbers(text: str) -> frozenset[int]:
+    return frozenset(int(word) for word in text.split(",") if word)
+
+
+def tell(seed: int, with_log: bool, without: Without) -> int:
     """One seed, with all that its callers saw."""
     logging.disable(logging.NOTSET if with_log else logging.CRITICAL)
     if with_log:
@@ -36,7 +63,7 @@ def tell(seed: int, with_log: bool) -> int:
         handler.setFormatter(_VirtualTime())
         logging.getLogger("gridmill").addHandler(handler)
         logging.getLogger("gridmill").setLevel(logging.INFO)
-    report = play(seed)
+    report = play(seed, without=without)
     for line in (*report.trace, *(f"fault at {fault}" for fault in report.faults)):
         print(line)
     print(
