@@ -507,11 +507,17 @@ def test_a_prediction_is_the_line_ahead_over_the_rate_at_which_places_became_fre
         await settle()
         assert world.admission.retry_after_seconds(CLASS) == pytest.approx(6.0, rel=0.1)
         await asyncio.gather(*hogs, *waiting)
+        await asyncio.sleep(600)
+        hogs = [asyncio.ensure_future(world.work(seconds=6.0)) for _ in range(3)]
+        await settle()
+        assert world.admission.retry_after_seconds(CLASS) == pytest.approx(2.0, rel=0.1), "idle minutes say nothing"
+        await asyncio.gather(*hogs, *waiting)
 
     play(body, places=3)
 
 
-def test_an_account_does_not_save_up_by_not_asking() -> None:
+@pytest.mark.parametrize("known", [False, True])
+def test_an_account_does_not_save_up_by_not_asking(known: bool) -> None:
     """The rare one goes first when it comes, and then they alternate: it does not make up for the time before."""
     order: list[str] = []
 
@@ -521,15 +527,46 @@ def test_an_account_does_not_save_up_by_not_asking() -> None:
             order.append(account)
 
         async with asyncio.TaskGroup() as group:
+            if known:
+                group.create_task(one("rare"))
             for _ in range(30):
                 group.create_task(one("always"))
             await asyncio.sleep(20)
+            order.clear()
             for _ in range(10):
                 group.create_task(one("rare"))
 
     play(body, places=1, queue_places_factor=100, queue_timeout_seconds=1000)
-    since = order.index("rare")
-    assert 4 <= Counter(order[since : since + 10])["rare"] <= 6
+    assert 4 <= Counter(order[:10])["rare"] <= 6
+
+
+def test_an_account_that_was_turned_away_keeps_what_it_is_behind() -> None:
+    order: list[str] = []
+
+    async def body(world: World) -> None:
+        async def one(account: str) -> None:
+            await world.work(account, tokens=100)
+            order.append(account)
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(3):
+                group.create_task(one("known"))
+                await settle()
+            for _ in range(30):
+                group.create_task(one("always"))
+            await asyncio.sleep(4.5)
+            assert type(await outcome(world.work("known", max_wait_seconds=0.0))) is Overloaded
+            world.usual = 0.01  # its place in the line would be too far behind
+            assert type(await outcome(world.work("known"))) is Overloaded
+            world.usual = 0.0
+            await asyncio.sleep(5)
+            order.clear()
+            for _ in range(10):
+                group.create_task(one("known"))
+
+    play(body, places=1, queue_places_factor=100, queue_timeout_seconds=1000)
+    assert order[:4] == ["always"] + ["known"] * 3, "those that it could not have, and then they take turns"
+    assert Counter(order[4:12])["known"] <= 5
 
 
 def test_an_account_does_not_pay_for_what_nobody_else_wanted() -> None:

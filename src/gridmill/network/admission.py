@@ -698,7 +698,7 @@ class _Rate:
         """What was measured fades, and the places that are taken count for the time that passed."""
         elapsed, self._moment = now - self._moment, now
         if not self.running:
-            return  # an idle hour says nothing
+            return  # idle minutes say nothing
         kept = math.exp(-elapsed / RATE_MEMORY_SECONDS)
         self._completed *= kept
         self._tokens *= kept
