@@ -192,6 +192,7 @@ class World:
             text_folder=folder / "text",
             invite_only=options.pop("invite_only", False),
             spawn=lambda work: void(tasks.create_task(work)),
+            clock=clock,
         )
         self.books = Books(
             store,
@@ -482,7 +483,7 @@ def test_a_node_that_falls_silent_after_an_id_is_given_up(tmp_path: Path) -> Non
         await world.idle()
 
     # The first id's longer patience sets the timer first; the shorter one must move it, or this test never ends.
-    play(tmp_path, body, patience=Patience(gap_seconds=0.05, first_token_seconds=3600.0))
+    play(tmp_path, body, patience=Patience(gap_seconds=0.05, first_token_seconds=3600.0, alone_seconds=0.0))
 
 
 def test_patience_begins_anew_with_every_word_of_the_node(tmp_path: Path) -> None:

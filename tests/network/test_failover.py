@@ -240,6 +240,47 @@ def test_a_work_without_another_node_waits_for_the_one_that_comes_back(tmp_path:
     moved(tmp_path, honest(4), body)
 
 
+def test_a_node_that_is_alone_and_wakes_up_again_keeps_its_work(tmp_path: Path) -> None:
+    """Leaving it would help nobody; a laptop's lid closes for a moment."""
+
+    async def script(node: ScriptedNode, offer: Offer) -> None:
+        node.send(Accept(offer.stream))
+        node.say(offer.stream, 0, nth(0))
+        await asyncio.sleep(1.5)  # far beyond a gap
+        for position in range(1, 10):
+            node.say(offer.stream, position, nth(position))
+        node.end(offer.stream, 10, "length")
+
+    async def body(world: World, till: Till, move: Move) -> None:
+        wanted = work()
+        await world.dispatcher.serve(wanted, await till.order(wanted), move.reader.emit)
+        assert move.reader.ids == [nth(n) for n in range(10)] and not world.observer.moves
+
+    moved(tmp_path, script, body)
+
+
+def test_a_node_that_was_silent_and_spoke_again_is_better_than_none(tmp_path: Path) -> None:
+    async def script(node: ScriptedNode, offer: Offer) -> None:
+        node.send(Accept(offer.stream))
+        first = len(offer.work.delivered) // 4
+        if first:
+            for position in range(first, 10):
+                node.say(offer.stream, position, nth(position))
+            node.end(offer.stream, 10 - first, "length")
+            return
+        node.say(offer.stream, 0, nth(0))
+        await node.until(lambda: bool(node.heard_of(Cancel)))
+        await asyncio.sleep(0.2)
+        node.end(offer.stream, 1, "cancelled")
+
+    async def body(world: World, till: Till, move: Move) -> None:
+        wanted = work()
+        await world.dispatcher.serve(wanted, await till.order(wanted), move.reader.emit)
+        assert move.reader.ids == [nth(n) for n in range(10)] and world.observer.moves == ["node_stalled"]
+
+    moved(tmp_path, script, body, patience=Patience(gap_seconds=0.05, gap_factor=0.0, alone_seconds=0.2))
+
+
 def test_the_reserve_pays_once_for_what_had_to_be_read_again(tmp_path: Path) -> None:
     async def body(world: World, till: Till, move: Move) -> None:
         outcome = await move.run(work(), 4)

@@ -208,6 +208,7 @@ class Gateway:
             text_folder=world.folder / name,
             invite_only=False,
             spawn=self.spawn,
+            clock=time.monotonic,
         )
         self.books = Books(
             store,

@@ -131,6 +131,7 @@ async def _serve(
             invite_only=settings.invite_only,
             own_nodes=own_nodes,
             spawn=lambda work: void(tasks.create_task(work)),
+            clock=time.monotonic,
         )
         desk = Desk(store, identity, links.send)
         links.receipts = desk
@@ -158,6 +159,7 @@ async def _serve(
                 gap_factor=settings.stall_gap_factor,
                 first_token_seconds=settings.stall_first_token_seconds,
                 first_token_factor=settings.stall_first_token_factor,
+                alone_seconds=settings.resume_timeout_seconds,
             ),
         )
         shared = SharedAnswers(

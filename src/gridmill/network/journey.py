@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Awaitable, Callable
 from typing import Literal, Protocol
 
@@ -36,12 +37,17 @@ LOGPROB_ROUNDING_MAX = 1e-3  # above zero: 16-bit arithmetic gets there, a proba
 
 
 class Patience(msgspec.Struct, frozen=True):
-    """How long a node may owe something, in seconds: the larger of a plain time and a multiple of what is usual."""
+    """How long a node may owe something, in seconds: the larger of a plain time and a multiple of what is usual.
+
+    A node that is silent for longer is left for one that has room. Where there is none it is given `alone_seconds` more,
+    counted from when it last sent an id of any work: leaving it would help nobody.
+    """
 
     gap_seconds: float = 1.0
     gap_factor: float = 5.0
     first_token_seconds: float = 5.0
     first_token_factor: float = 3.0
+    alone_seconds: float = 30.0
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -193,6 +199,12 @@ class Journey:
                         raise self._leave(record, "node_draining", "the node drains", forfeits=False) from None
                     stream.nudge_later(LOOK_ELSEWHERE_SECONDS)
                     continue
+                except NodeSilent:
+                    quiet = self._clock() - node_link.progressed_at
+                    if quiet >= self._patience.alone_seconds or self._elsewhere(self):
+                        raise
+                    patience = LOOK_ELSEWHERE_SECONDS
+                    continue
                 if not emissions:
                     break
                 before = order.count
@@ -244,6 +256,8 @@ class Journey:
             return self._broken(stream, record, "node_lost", f"the node was lost ({lost})")
         except NodeSilent as silence:
             node_link.cancel(stream, self.delivered)
+            # Once it says its last word it is awake again, and better than no node at all.
+            stream.when_over(functools.partial(self._left.pop, record.node_id, None))
             return self._broken(stream, record, "node_stalled", f"the node sent nothing for {silence.seconds:.1f} s")
         except Left:
             node_link.cancel(stream)

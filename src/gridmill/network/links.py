@@ -126,9 +126,9 @@ class NodeStream:
         self._last_timer: asyncio.TimerHandle | None = None
         self._on_end = on_end
         self._ended = False
-        self._over: Callable[[], None] | None = None
+        self._over: Callable[[], object] | None = None
 
-    def when_over(self, callback: Callable[[], None]) -> None:
+    def when_over(self, callback: Callable[[], object]) -> None:
         """Calls back once, when the node has said its last word or is gone; at once if that was before."""
         if self._ended:
             callback()
@@ -279,6 +279,7 @@ class NodeLink:
         self._links = links
         self.record: NodeRecord | None = None
         self.key_id: KeyId | None = None  # of the invitation it came with
+        self.progressed_at = links.clock()  # when it last sent ids, of whichever work
         self._streams: dict[int, NodeStream] = {}
         self._transfers: dict[int, _Transfer] = {}
         self._grants: dict[int, int] = {}
@@ -381,6 +382,8 @@ class NodeLink:
         match event:
             case Arrived(message=Step(emissions=emissions, ends=ends, paused=paused)):
                 streams = self._streams
+                if emissions:
+                    self.progressed_at = self._links.clock()
                 for number in paused:
                     if number in streams:
                         streams[number].pause()
@@ -457,9 +460,12 @@ class Links:
         invite_only: bool,
         own_nodes: Collection[NodeId] = (),
         spawn: Callable[[Coroutine[Any, Any, None]], None],
+        clock: Callable[[], float],
         receipts: Receipts | None = None,
     ) -> None:
+        """`clock` is monotonic seconds."""
         self.registry = registry
+        self.clock = clock
         self.receipts: Receipts = receipts or NoReceipts()
         self._accounts = accounts
         self._texts = texts

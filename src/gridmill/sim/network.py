@@ -225,6 +225,7 @@ class Network:
                 text_folder=Path("no folder"),
                 invite_only=False,
                 spawn=lambda body: _void(tasks.create_task(body)),
+                clock=loop.time,
             )
             desk = parts.desk = Desk(store, self.identity, links.send)
             if self._receipts:

