@@ -33,6 +33,7 @@ class Call:
         weight: int = 1,
         flexible: bool = False,
         wait_seconds: float | None = None,
+        keyed: bool = False,
     ) -> None:
         self.work = work
         self.payer = payer
@@ -45,6 +46,7 @@ class Call:
         self.weight = weight
         self.flexible = flexible
         self.wait_seconds = wait_seconds
+        self.keyed = keyed  # it has an Idempotency-Key: its caller comes back for the answer
         self.lane = 0  # which gateway it asks
 
         self.received: list[int] = []
@@ -66,6 +68,12 @@ class Call:
         self.handler: asyncio.Task[None] | None = None
         self._pause: asyncio.Future[None] | None = None
         self._unread = 0
+
+    def again(self, lane: int) -> Call:
+        """The same request with the same key, by a caller who is patient now."""
+        call = Call(self.work, self.payer, streaming=self.streaming, keyed=True)
+        call.lane = lane
+        return call
 
     @property
     def name(self) -> str:

@@ -39,7 +39,7 @@ NODE_FAULTS = frozenset(
 HONEST = frozenset(
     {
         *FINISHED,
-        *("left", "lost", "unreachable", "insufficient", "unavailable", "invalid_api_key"),
+        *("left", "lost", "unreachable", "insufficient", "unavailable", "invalid_api_key", "runs_elsewhere"),
         *("no_node", "overloaded", "stopping"),
         *NODE_FAULTS,
     }
@@ -272,11 +272,15 @@ def _books(world: World, balances: Mapping[str, int]) -> list[str]:
     if lost and not (world.network_hung or world.clock_jumped):
         problems.append(f"{lost} nanocredits were lost to leases that had ended")
     spent: dict[str, int] = dict.fromkeys(balances, 0)
+    attempts: dict[str, list[Call]] = {}
     for call in world.calls:
+        attempts.setdefault(call.name, []).append(call)
+    for call, *more in attempts.values():
         mine = sorted(by_work.get(call.name, []), key=lambda leaf: leaf.start)
         paid = Paid(mine, sum(leaf.charge_nanocredits for leaf in mine), sum(leaf.output_tokens for leaf in mine))
         spent[call.payer.account_id] += paid.charged
-        problems += _bill(world, call, paid, lost > 0)
+        problems += _leaves_of_a_work(call, paid)
+        problems += _errand(world, [call, *more], paid) if call.keyed else _bill(world, call, paid, lost > 0)
     for account_id, amount in balances.items():
         left = names.get(ledger.user_available(account_id), 0)
         if left != amount - spent[account_id]:
@@ -286,10 +290,11 @@ def _books(world: World, balances: Mapping[str, int]) -> list[str]:
     return problems
 
 
-def _bill(world: World, call: Call, paid: Paid, some_were_lost: bool) -> list[str]:
+def _leaves_of_a_work(call: Call, paid: Paid) -> list[str]:
+    """They join without a gap, over the ids of the unbroken answer, and nothing is in two of them."""
     problems = []
     ids, _ = ids_of(call.work)
-    got, name = len(call.received), call.name
+    name = call.name
     position = 0
     for leaf in paid.leaves:
         if not leaf.output_tokens:
@@ -305,14 +310,39 @@ def _bill(world: World, call: Call, paid: Paid, some_were_lost: bool) -> list[st
         problems.append(f"{name} has two leaves of one epoch")
     if sum(1 for leaf in paid.leaves if leaf.input_tokens) > 1:
         problems.append(f"{name} paid its prompt twice")
+    return problems
+
+
+def _errand(world: World, attempts: list[Call], paid: Paid) -> list[str]:
+    """However often a caller came back with its key: the answer is whole, and was paid once."""
+    problems = []
+    last, name = attempts[-1], attempts[-1].name
+    ids, _ = ids_of(last.work)
+    input_tokens = len(last.work.prompt) // 4
+    if last.end in FINISHED and paid.tokens != len(ids) and not _given_away(world, last):
+        problems.append(f"{name} has its answer after {len(attempts)} attempts, and was billed {paid.tokens}")
+    rows = [row for node in world.nodes for row in world.prices_of(node.node_id)]
+    most = max(_cost(row, input_tokens, 0, paid.tokens) for row in rows) + len(paid.leaves)
+    if paid.charged > most:
+        problems.append(f"{name} was charged {paid.charged} over {len(attempts)} attempts, at most {most} are due")
+    return problems
+
+
+def _given_away(world: World, call: Call) -> bool:
+    """The answer goes first, the entry after: a network that is killed in between may have given it away."""
+    life = call.served_by
+    late = GIVEN_AWAY_DISK_SECONDS if world.disk_failed else GIVEN_AWAY_SECONDS
+    return isinstance(life, Network) and abs(life.killed_at - call.ended_at) <= late
+
+
+def _bill(world: World, call: Call, paid: Paid, some_were_lost: bool) -> list[str]:
+    problems = []
+    got, name = len(call.received), call.name
     # While a slow reader takes the bytes before a stop string, what came after it still counts.
     cut_late = bool(call.enough and call.streaming and call.pause_ids and call.end in ("left", "lost"))
     if paid.tokens > got and not cut_late:
         problems.append(f"{name} was billed {paid.tokens} ids and got {got} ({call.end})")
-    # The answer goes first, the entry after: a network that is killed in between may have given it away.
-    late = GIVEN_AWAY_DISK_SECONDS if world.disk_failed else GIVEN_AWAY_SECONDS
-    life = call.served_by
-    given_away = isinstance(life, Network) and abs(life.killed_at - call.ended_at) <= late
+    given_away = _given_away(world, call)
     if not given_away and not cut_late and (call.end in FINISHED or (call.streaming and call.end != "lost")):
         if paid.tokens != got:
             problems.append(f"{name} ended as {call.end} with {got} ids and was billed {paid.tokens}")

@@ -17,6 +17,9 @@ from gridmill.network.admission import Admission
 from gridmill.network.books import Books, Insufficient, Unavailable
 from gridmill.network.dispatch import Dispatcher
 from gridmill.network.faults import CallerFault, Enough, NodeFault, NoRoom
+from gridmill.network.gateway.asgi import ApiError
+from gridmill.network.gateway.idempotent import SharedAnswers
+from gridmill.network.idempotency import Idempotency, KeyReused
 from gridmill.network.journey import Patience
 from gridmill.network.links import Links
 from gridmill.network.metering import FeePolicy, most
@@ -27,6 +30,7 @@ from gridmill.sim.cables import End
 from gridmill.sim.callers import Call
 from gridmill.sim.clock import Program, VirtualLoop
 from gridmill.sim.disk import Disk, MemoryStore
+from gridmill.sim.keyed import KeyedCalls
 from gridmill.sim.model import CLASS_ID, FACTS, MODEL_CLASS, MODEL_NAME
 from gridmill.sim.nodes import HOST, UNIX_EPOCH_SECONDS
 from gridmill.wire.identity import Identity
@@ -55,6 +59,7 @@ class Parts:
     links: Links
     desk: Desk
     dispatcher: Dispatcher
+    keyed: KeyedCalls
 
 
 class Network:
@@ -152,6 +157,26 @@ class Network:
         self.calls.discard(call)
 
     async def _handle(self, call: Call) -> None:
+        try:
+            if call.keyed:
+                await self.parts.keyed.answer(call, self.wall())
+            else:
+                await self._answer(call)
+        except ApiError as problem:
+            call.finish(str(problem.code), self._loop.time(), problem.message)
+        except (NodeFault, NoRoom, CallerFault) as fault:
+            call.finish(fault.code, self._loop.time(), str(fault))
+        except Insufficient as problem:
+            call.finish("insufficient", self._loop.time(), str(problem))
+        except Unavailable as problem:
+            call.finish("unavailable", self._loop.time(), problem.detail)
+        except KeyReused:
+            call.finish("key_reused", self._loop.time())
+        except asyncio.CancelledError:
+            call.finish("left", self._loop.time())
+            raise
+
+    async def _answer(self, call: Call) -> None:
         loop, parts, work = self._loop, self.parts, call.work
         whole: list[int] = []
 
@@ -165,35 +190,24 @@ class Network:
             if call.enough and len(whole) >= call.enough:
                 raise Enough(call.enough)
 
-        try:
-            rows = [view.price for view in parts.registry.snapshot().by_class.get(CLASS_ID, ())]
-            input_tokens = len(work.prompt) // 4
-            want = max([most(row, input_tokens, work.sampling.max_tokens) for row in rows], default=0)
-            least = min([most(row, input_tokens, work.sampling.max_tokens) for row in rows], default=0)
-            amount = await parts.books.admit(call.payer, want, least)
-            order = parts.books.order(call.payer, work.work_id, CLASS_ID, MODEL_NAME, input_tokens, amount)
-            order.max_price = call.max_price
-            order.shown = call.streaming
-            order.account_weight = call.weight
-            order.flexible = call.flexible
-            order.max_wait_seconds = call.wait_seconds
-            order.charged = lambda held, cost: call.settled_nanocredits.append(cost)
-            outcome = await parts.dispatcher.serve(work, order, emit, placed=call.node_ids.append)
-        except (NodeFault, NoRoom, CallerFault) as fault:
-            call.finish(fault.code, loop.time(), str(fault))
-        except Insufficient as problem:
-            call.finish("insufficient", loop.time(), str(problem))
-        except Unavailable as problem:
-            call.finish("unavailable", loop.time(), problem.detail)
-        except asyncio.CancelledError:
-            call.finish("left", loop.time())
-            raise
-        else:
-            if not call.streaming:
-                call.take(whole, loop)
-            call.told_nanocredits = outcome.charge_nanocredits
-            call.cached_tokens = outcome.cached_tokens
-            call.finish(outcome.kind, loop.time())
+        rows = [view.price for view in parts.registry.snapshot().by_class.get(CLASS_ID, ())]
+        input_tokens = len(work.prompt) // 4
+        want = max([most(row, input_tokens, work.sampling.max_tokens) for row in rows], default=0)
+        least = min([most(row, input_tokens, work.sampling.max_tokens) for row in rows], default=0)
+        amount = await parts.books.admit(call.payer, want, least)
+        order = parts.books.order(call.payer, work.work_id, CLASS_ID, MODEL_NAME, input_tokens, amount)
+        order.max_price = call.max_price
+        order.shown = call.streaming
+        order.account_weight = call.weight
+        order.flexible = call.flexible
+        order.max_wait_seconds = call.wait_seconds
+        order.charged = lambda held, cost: call.settled_nanocredits.append(cost)
+        outcome = await parts.dispatcher.serve(work, order, emit, placed=call.node_ids.append)
+        if not call.streaming:
+            call.take(whole, loop)
+        call.told_nanocredits = outcome.charge_nanocredits
+        call.cached_tokens = outcome.cached_tokens
+        call.finish(outcome.kind, loop.time())
 
     # ------------------------------------------------------------ the program
 
@@ -211,7 +225,8 @@ class Network:
             wall_ms=lambda: int(self.wall() * 1000),
             entropy=self._random.randbytes,
         )
-        for heard in (accounts.changed, registry.heard, books.heard):
+        idempotency = Idempotency(store, holder=self.holder)
+        for heard in (accounts.changed, registry.heard, books.heard, idempotency.heard):
             store.listen(heard)
         await accounts.load()
         await registry.load()
@@ -242,6 +257,14 @@ class Network:
                 admission=Admission(fleet=registry, clock=loop.time, observer=silent),
                 patience=Patience(),
             )
+            shared = SharedAnswers(
+                idempotency,
+                books=books,
+                dispatcher=parts.dispatcher,
+                spawn=lambda body: _void(tasks.create_task(body)),
+                clock=loop.time,
+            )
+            parts.keyed = KeyedCalls(loop, shared, books, registry)
             loops = [
                 tasks.create_task(body, name=name)
                 for name, body in (
@@ -250,6 +273,7 @@ class Network:
                     ("receipts", desk.run()),
                     ("accounts", accounts.watch()),
                     ("names", registry.watch()),
+                    ("idempotency", idempotency.keep()),
                 )
             ]
             self.recovered = await books.recover()
@@ -259,6 +283,7 @@ class Network:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._drain_seconds):
                     await links.idle()
+            await shared.close()
             links.say_goodbye(Reason.STOPPING, "the network is shutting down")
             self.leaving = True
             if self._conversing:

@@ -25,6 +25,7 @@ from gridmill.wire.sampling import Sampling, pack_ids
 
 CREDIT = 10**12  # nanocredits: a thousand credits, more than any seed spends
 POOR_CREDIT = 40_000  # a few works
+ATTEMPTS_MAX = 20  # of a caller with a key; by then everything is well again
 BUDGET = 90_000  # of a key that has one
 ARRIVALS_SECONDS = 12.0
 QUIET_SECONDS_MAX = 400.0  # the longest that anything may take to end once nobody asks any more
@@ -128,16 +129,30 @@ class _Scene:
         calls = [(at, self._call(number)) for number, at in enumerate(self._arrivals())]
         plan += [entry for number, entry in enumerate(calls) if number not in self.without.calls]
         plan.sort(key=lambda entry: entry[0])
-        async with asyncio.TaskGroup() as going_on:
+        async with asyncio.timeout(QUIET_SECONDS_MAX), asyncio.TaskGroup() as going_on:
             for at, event in plan:
                 await asyncio.sleep(max(0.0, began + at - loop.time()))
-                if isinstance(event, Call):
-                    world.ask(event)
-                else:
+                if isinstance(event, faults.Fault):
                     going_on.create_task(event.happen(world))
+                elif event.keyed:
+                    going_on.create_task(self._errand(event))
+                else:
+                    world.ask(event)
+            await asyncio.sleep(0)
         async with asyncio.timeout(QUIET_SECONDS_MAX):
             for call in world.calls:
                 await call.done.wait()
+
+    async def _errand(self, call: Call) -> None:
+        """A caller with a key comes back until it has its answer, to whichever gateway."""
+        random = Random(f"{call.name} {self.world.seed}")
+        for _ in range(ATTEMPTS_MAX):
+            self.world.ask(call)
+            await call.done.wait()
+            if call.end in checks.FINISHED:
+                return
+            await asyncio.sleep(random.uniform(0.2, 6.0))
+            call = call.again(random.randrange(self.world.gateways))
 
     def _builds(self) -> list[tuple[Build, Identity]]:
         random = self.random
@@ -183,7 +198,9 @@ class _Scene:
             stop_token_ids=stops,
             top_logprobs=random.choice((0, 2)) if random.random() < 0.1 else None,
         )
-        work = Generate(f"work-{number}", CLASS_ID, pack_ids(prompt), sampling, salt=random.randbytes(16))
+        keyed = random.random() < 0.15
+        name = f"work-{number}-0" if keyed else f"work-{number}"
+        work = Generate(name, CLASS_ID, pack_ids(prompt), sampling, salt=random.randbytes(16))
         slow = random.random() < 0.15
         call = Call(
             work,
@@ -191,11 +208,12 @@ class _Scene:
             streaming=random.random() < 0.7,
             pause_ids=random.choice((1, 5, 20)) if slow else 0,
             pause_seconds=random.choice((0.05, 0.5, 3.0)),
-            enough=random.randint(1, max_tokens) if random.random() < 0.1 else 0,
+            enough=random.randint(1, max_tokens) if random.random() < 0.1 and not keyed else 0,
             patience_seconds=random.uniform(0.0, 4.0) if random.random() < 0.15 else None,
             weight=random.choice((1, 1, 3)),
             flexible=random.random() < 0.15,
-            wait_seconds=random.choice((0.0, 0.3, 3.0)) if random.random() < 0.1 else None,
+            wait_seconds=random.choice((0.0, 0.3, 3.0)) if random.random() < 0.1 and not keyed else None,
+            keyed=keyed,
         )
         call.lane = random.randrange(self.world.gateways)
         return call
