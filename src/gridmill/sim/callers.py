@@ -47,6 +47,7 @@ class Call:
         self.flexible = flexible
         self.wait_seconds = wait_seconds
         self.keyed = keyed  # it has an Idempotency-Key: its caller comes back for the answer
+        self.attempt = 0
         self.lane = 0  # which gateway it asks
 
         self.received: list[int] = []
@@ -72,6 +73,7 @@ class Call:
     def again(self, lane: int) -> Call:
         """The same request with the same key, by a caller who is patient now."""
         call = Call(self.work, self.payer, streaming=self.streaming, keyed=True)
+        call.attempt = self.attempt + 1
         call.lane = lane
         return call
 

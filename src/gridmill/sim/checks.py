@@ -242,7 +242,7 @@ def _answers(world: World) -> list[str]:
             problems.append(f"{call.name} waited {waited:.2f} s, and wanted to wait {call.wait_seconds:.2f} s at most")
         if len(call.settled_nanocredits) > 1:
             problems.append(f"{call.name} was settled {len(call.settled_nanocredits)} times")
-        if not call.streaming and got and call.end not in FINISHED:
+        if not (call.streaming or call.keyed) and got and call.end not in FINISHED:
             problems.append(f"{call.name} got ids although it asked for all or nothing")
     return problems
 
@@ -265,7 +265,7 @@ def _books(world: World, balances: Mapping[str, int]) -> list[str]:
     leaves = [rules.leaf_from(bytes(row[0])) for row in disk.read(_leaves)]
     by_work: dict[str, list[Leaf]] = {}
     for leaf in leaves:
-        by_work.setdefault(leaf.work_id, []).append(leaf)
+        by_work.setdefault(leaf.work_id.partition(".")[0], []).append(leaf)  # all attempts of one caller
     unknown = set(by_work) - {call.name for call in world.calls}
     problems += [f"{work_id} has receipts, and nobody asked for it" for work_id in sorted(unknown)]
     lost = sum(network.parts.books.lost_nanocredits for network in world.networks if network.ready.is_set())
@@ -304,9 +304,9 @@ def _leaves_of_a_work(call: Call, paid: Paid) -> list[str]:
         position = leaf.start + leaf.output_tokens
         if leaf.output_hash != rules.ids_hash(call.work.salt, pack_ids(ids[leaf.start : position])):
             problems.append(f"{name} has a leaf over other ids than those from {leaf.start} to {position}")
-    if sum(1 for leaf in paid.leaves if leaf.finish in FINISHED) > 1:
+    if sum(1 for leaf in paid.leaves if leaf.finish in ("stop", "length")) > 1:
         problems.append(f"{name} ended twice: {[leaf.finish for leaf in paid.leaves]}")
-    if len({leaf.epoch for leaf in paid.leaves}) != len(paid.leaves):
+    if len({(leaf.work_id, leaf.epoch) for leaf in paid.leaves}) != len(paid.leaves):
         problems.append(f"{name} has two leaves of one epoch")
     if sum(1 for leaf in paid.leaves if leaf.input_tokens) > 1:
         problems.append(f"{name} paid its prompt twice")

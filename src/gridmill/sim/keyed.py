@@ -39,11 +39,12 @@ class KeyedCalls:
     async def answer(self, call: Call, wall_seconds: float) -> None:
         """Reads the answer to its end, as it is made or as it was made. Raises ApiError."""
         digest = hashlib.sha256(call.name.encode()).digest()
-        request_id = call.name.rpartition("-")[0]
+        # As from a gateway each attempt has an id of its own; that of the one which began counts.
+        request_id = f"{call.name}.{call.attempt}"
         asked = Asked(call.payer.account_id, digest, digest, request_id, MODEL_NAME, CLASS_ID, int(wall_seconds), 1)
 
         async def plan(asked: Asked, parts: Sequence[Part]) -> Plan:
-            return await self._plan(call, parts[0])
+            return await self._plan(call, asked, parts[0])
 
         making = Making(lambda asked: (_FORM, frozenset()), plan, _explain, False)
         recording = self._shared.join(asked, making)
@@ -68,7 +69,7 @@ class KeyedCalls:
         finally:
             recording.readers -= 1
 
-    async def _plan(self, call: Call, part: Part) -> Plan:
+    async def _plan(self, call: Call, asked: Asked, part: Part) -> Plan:
         """As OpenAIGateway._plan: what an earlier run delivered was paid then, its prompt with it."""
         work, payer = call.work, call.payer
         prompt_tokens = len(work.prompt) // 4
@@ -80,8 +81,9 @@ class KeyedCalls:
         want = max([most(row, input_tokens, left) for row in rows], default=0)
         least = min([most(row, input_tokens, left) for row in rows], default=0)
         amount = await self._books.admit(payer, want, least)
-        order = self._books.order(payer, work.work_id, CLASS_ID, MODEL_NAME, input_tokens, amount)
-        rest = msgspec.structs.replace(work, delivered=pack_ids(part.ids), epoch=part.epoch_next)
+        work_id = asked.work_ids[0]
+        order = self._books.order(payer, work_id, CLASS_ID, MODEL_NAME, input_tokens, amount)
+        rest = msgspec.structs.replace(work, work_id=work_id, delivered=pack_ids(part.ids), epoch=part.epoch_next)
         return Plan(prompt_tokens, {0: (rest, order)})
 
 

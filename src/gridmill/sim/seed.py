@@ -199,8 +199,7 @@ class _Scene:
             top_logprobs=random.choice((0, 2)) if random.random() < 0.1 else None,
         )
         keyed = random.random() < 0.15
-        name = f"work-{number}-0" if keyed else f"work-{number}"
-        work = Generate(name, CLASS_ID, pack_ids(prompt), sampling, salt=random.randbytes(16))
+        work = Generate(f"work-{number}", CLASS_ID, pack_ids(prompt), sampling, salt=random.randbytes(16))
         slow = random.random() < 0.15
         call = Call(
             work,
