@@ -158,7 +158,7 @@ class Promises:
         self._forget(now)
         if self._claimed_until > now:
             return self._claimed
-        accounts = [each for each in self._accounts.values() if each.dues]
+        accounts = [each for each in self._accounts.values() if each.dues and each.dues[0] <= now + AHEAD_SECONDS[-1]]
         most = 0.0
         for ahead in AHEAD_SECONDS if accounts else ():
             coming = sum([each.kept * _within(each.dues, now - LATE_SECONDS, now + ahead) for each in accounts])
