@@ -13,7 +13,7 @@ from gridmill.network.control import ControlError
 from gridmill.network.registry import NodeRecord, Registry
 from gridmill.network.scheduler import Allowed, Placement, Reason, Request
 from gridmill.wire.classes import ClassId, ModelClass
-from gridmill.wire.messages import ClassOffer, NodeId, OwnerId
+from gridmill.wire.messages import ClassOffer, NodeId, OwnerId, Telemetry
 
 CLASS = ModelClass(
     weights=(), arithmetic="echo", kv_dtype="none", sampler_version=1, tokenizer_sha256="a", text_facts_sha256="b"
@@ -98,6 +98,63 @@ def test_counts_go_on_when_a_node_joins_again_and_stand_still_while_it_is_gone()
     assert of_class(registry, again)["demand"]["decisions"] == 2
     assert lost(registry, again) == {"slower": 2}
     assert of_class(registry, again)["measured"]["works"] == 3
+
+
+def test_what_a_node_won_before_it_was_measured_is_kept_too() -> None:
+    registry = fleet()
+    record = registry.join(NodeId("a"), OwnerId("o"), "test")
+    registry.offer(record, [ClassOffer("demo", CLASS, 4, "echo")])
+    registry.place(Request(CLASS_ID, 10, 10))
+    registry.offer(record, [ClassOffer("demo", CLASS, 8, "echo", decode_tokens_per_second=50)])
+    assert of_class(registry, record)["demand"]["won"] == 1
+    view = registry.snapshot().by_class[CLASS_ID][0]
+    assert (view.slots, view.decode_tokens_per_second) == (8, 50)  # the newest hint, while there is nothing better
+
+
+def test_a_node_that_took_its_works_along_again_and_again_is_taken_out_when_it_returns() -> None:
+    registry = fleet()
+    join(registry, "other")
+    for fault in ("node_lost", "node_stalled", "node_failed"):
+        record = join(registry, "flapping")
+        registry.leave(record)
+        registry.ended(record, CLASS_ID, fault=fault)
+    again = join(registry, "flapping")
+    assert of_class(registry, again)["state"] == "breaker open"
+    registry.ended(record, CLASS_ID, fault=None)  # a late good word of an earlier conversation changes nothing
+    assert of_class(registry, again)["state"] == "breaker open"
+
+
+def test_a_node_that_others_fill_is_avoided_by_its_own_word_and_its_own_works_are_not_counted_twice() -> None:
+    registry = fleet()
+    full, slower = join(registry, "full"), join(registry, "slower", ttft_seconds=0.15)
+
+    def chosen() -> str:
+        found = registry.look(Request(CLASS_ID, 1000, 100))
+        assert isinstance(found, Placement)
+        return found.node_id
+
+    assert chosen() == "full"
+    full.telemetry = Telemetry(running=4, waiting=8)
+    assert chosen() == "slower"
+    for _ in range(2):
+        registry.begin(full, CLASS_ID)
+        registry.begin(slower, CLASS_ID)
+    full.telemetry = Telemetry(running=2)
+    assert chosen() == "full"
+    slower.telemetry = Telemetry()  # saying less than it has been given does not help it
+    assert chosen() == "full"
+
+
+def test_the_first_id_of_a_work_says_nothing_about_how_long_answers_are() -> None:
+    registry = fleet()
+    record = join(registry, "a")
+    roster = registry.roster(CLASS_ID)
+    assert roster is not None
+    usual = roster.output_tokens
+    registry.observe(record, CLASS_ID, prefill_tokens=100, ttft_seconds=0.1, tokens=0, seconds=0.0)
+    assert roster.output_tokens == usual
+    registry.observe(record, CLASS_ID, prefill_tokens=0, ttft_seconds=0.0, tokens=9, seconds=0.1)
+    assert roster.output_tokens < usual
 
 
 def test_a_node_sees_in_which_state_it_is() -> None:

@@ -185,6 +185,46 @@ def test_a_node_that_was_taken_out_stays_out_when_it_joins_again() -> None:
     assert again.limit == 1
 
 
+def test_a_breaker_that_is_open_when_its_node_joins_is_tried_in_time() -> None:
+    kept = Standing(Health(0.0), Pace())
+    kept.health.open(0.0)
+    roster = Roster()
+    roster.add(member("n1"), 1.0)
+    roster.add(bad := member("n2", standing=kept), 1.0)
+    assert bad.limit == 0
+    roster.advance(OPEN_SECONDS)
+    assert bad.limit == 1
+
+
+def test_when_a_node_on_probation_fails_again_another_that_was_taken_out_longer_gets_its_try() -> None:
+    roster = Roster()
+    first, second = member("n1"), member("n2")
+    for each in (first, second):
+        roster.add(each, 0.0)
+    for moment in (0.0, 1.5, 3.0):
+        roster.ended(first, "node_failed", moment)
+    roster.advance(3.0 + OPEN_SECONDS)
+    assert first.health.state == "half_open"
+    for moment in (8.5, 10.0, 11.5):
+        roster.ended(second, "node_failed", moment)
+    assert (roster.ejected, second.health.state) == (1, "open")
+    roster.ended(first, "node_failed", 12.0)
+    assert (roster.ejected, first.health.state, second.health.state) == (1, "open", "half_open")
+
+
+def test_the_owner_of_a_text_is_never_one_without_a_place() -> None:
+    roster = Roster()
+    members = [proven(f"n{number}") for number in range(6)]
+    for each in members:
+        roster.add(each, 0.0)
+    for each in members[:3]:
+        roster.load(each, 4, 0.0)
+    for each in members[3:5]:
+        roster.drain(each, 0.0)
+    found = [roster.owner_of(bytes([key]) * 16) for key in range(0, 256, 8)]
+    assert {owner.node_id for owner in found if owner is not None} == {"n5"}
+
+
 def test_a_burst_of_requests_for_one_text_goes_to_more_nodes_than_its_owner() -> None:
     """Bounded load: the ring's owner is passed over while it carries more than its share."""
     roster = Roster()

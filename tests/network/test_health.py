@@ -117,7 +117,10 @@ def test_works_that_began_before_a_cut_do_not_cut_again() -> None:
 def test_first_tokens_that_are_quick_and_noisy_take_nothing_away() -> None:
     health = old()
     for number in range(500):
-        health.first_token(float(number), (0.01, 0.02, 0.2)[number % 3], 0.01, 7, 8)
+        health.first_token(10.0 * number, (0.01, 0.02, 0.2)[number % 3], 0.01, 7, 8)
+        assert health.limit(8) == 8
+    for number in range(500, 1000):
+        health.first_token(10.0 * number, 0.255, 0.01, 7, 8)  # a quarter of a second, however many times it is
         assert health.limit(8) == 8
 
 
