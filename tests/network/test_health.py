@@ -80,6 +80,22 @@ def test_endings_that_the_node_announced_are_not_held_against_it() -> None:
     assert not health.tripped and health.availability == before
 
 
+def test_a_few_refusals_are_no_fault_and_nothing_but_refusals_is_one() -> None:
+    """Another gateway may have filled the node, or the caller asked for what it cannot do."""
+    health = old(good=50)
+    for number in range(40):
+        health.ended(100.0 + number, None if number % 8 == 7 else "node_refused")
+        assert not health.tripped
+    assert health.availability > 0.75
+    for number in range(12):
+        health.ended(200.0 + number, "node_refused")
+    assert health.tripped
+    health.open(300.0)
+    health.half_open()
+    health.ended(310.0, "node_refused")
+    assert health.tripped
+
+
 def test_a_newcomer_is_believed_less_than_one_that_proved_itself_and_more_than_one_that_fails() -> None:
     failing = old()
     for number in range(5):

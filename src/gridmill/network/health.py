@@ -21,6 +21,10 @@ GOOD_TO_FORGET = 10  # good endings in a row after which the next opening is a f
 ONE_EVENT_SECONDS = 1.0  # a lost link breaks all its works at once: that is one fault, not sixteen
 # Endings that say nothing against the node: it said beforehand that it leaves, or the network's own choice ended it.
 NEUTRAL = frozenset({"draining", "superseded", "link_full", "cancelled"})
+# A refusal costs a round trip, and may be the caller's doing, or another gateway's who filled the node meanwhile.
+SOFT = frozenset({"node_refused"})
+SOFT_WEIGHT = 0.25
+CONSECUTIVE_REFUSALS = 12
 
 AVAILABLE_PRIOR, UNAVAILABLE_PRIOR = 8.0, 1.0  # what a newcomer is believed to be
 ENDING_MEMORY = 0.995  # per ending: about the last two hundred count
@@ -58,6 +62,7 @@ class Health:
         "first_seen",
         "open_until",
         "openings",
+        "refusals_in_a_row",
         "state",
     )
 
@@ -67,6 +72,7 @@ class Health:
         self.open_until = 0.0
         self.openings = 0
         self.faults_in_a_row = 0
+        self.refusals_in_a_row = 0
         self.fault_share = 0.0
         self.availability = 0.0
         self._endings = 0
@@ -89,6 +95,7 @@ class Health:
         if fault is None:
             self._endings += 1
             self.faults_in_a_row = 0
+            self.refusals_in_a_row = 0
             self._good_in_a_row += 1
             self._good = self._good * ENDING_MEMORY + 1.0
             self._bad *= ENDING_MEMORY
@@ -98,6 +105,9 @@ class Health:
                 self.fault_share = 0.0  # it was judged for those
             if self._good_in_a_row >= GOOD_TO_FORGET:
                 self.openings = 0
+        elif fault in SOFT and self.state != "half_open":
+            self.refusals_in_a_row += 1
+            self._bad = self._bad * ENDING_MEMORY + SOFT_WEIGHT
         else:
             same = fault == self._last_fault and now - self._last_fault_at < ONE_EVENT_SECONDS
             self._last_fault, self._last_fault_at = fault, now
@@ -118,6 +128,7 @@ class Health:
             return self.faults_in_a_row > 0
         return self.state == "closed" and (
             self.faults_in_a_row >= CONSECUTIVE_FAULTS
+            or self.refusals_in_a_row >= CONSECUTIVE_REFUSALS
             or (
                 self._endings >= ENDINGS_FOR_A_SHARE and self.fault_share > FAULT_SHARE_MAX and self.faults_in_a_row > 0
             )
@@ -132,6 +143,7 @@ class Health:
         """One work at a time shows whether it has recovered."""
         self.state = "half_open"
         self.faults_in_a_row = 0
+        self.refusals_in_a_row = 0
 
     # ------------------------------------------------------------ availability
 

@@ -67,7 +67,8 @@ CREATE TABLE prices (
 """
 
 SPEED_MEMORY = 0.2  # weight of the newest observation in the averages that money is worked out by
-STANDINGS_MAX = 1 << 16  # nodes and classes that are remembered after they left, about 2 KiB each
+STANDINGS_MAX = 1 << 15  # nodes and classes that are remembered, those that left included, about 2 KiB each
+ROSTERS_MAX = 1024  # classes that nobody serves now are remembered up to so many
 OTHERS_BELIEVED_MAX = 4  # times its slots: what a node says of its load only costs it work, but not without end
 TIER_OWN = 2  # trust tiers: the operator's own nodes, those that came with an invitation, all others
 TIER_INVITED = 1
@@ -555,17 +556,17 @@ class Registry:
 
     def first_token_seconds(self, record: NodeRecord, class_id: ClassId, read_tokens: int) -> float:
         """What queue and prefill of so many uncached ids are expected to take on this node, in seconds."""
-        standing = self._standings.get((record.node_id, class_id))
-        if standing is None:
+        pace = self._pace_of(record, class_id)
+        if pace is None:
             return UNMEASURED_FIRST_TOKEN_SECONDS
-        return standing.pace.first_token_seconds(self._clock(), read_tokens)
+        return pace.first_token_seconds(self._clock(), read_tokens)
 
     def token_gap_seconds(self, record: NodeRecord, class_id: ClassId) -> float:
         """The usual time between two ids of one stream on this node now; 0.0 when nobody has measured it."""
-        standing = self._standings.get((record.node_id, class_id))
-        if standing is None or not standing.pace.gap_works:
+        pace = self._pace_of(record, class_id)
+        if pace is None or not pace.gap_works:
             return 0.0
-        return standing.pace.token_seconds(max(0, record.in_flight.get(class_id, 0) - 1))
+        return pace.token_seconds(max(0, record.in_flight.get(class_id, 0) - 1))
 
     def usual_ttft_seconds(self, class_id: ClassId) -> float:
         """From the offer to the first id in this class when nothing is in the way; 0.0 when nobody has measured it."""
@@ -626,8 +627,15 @@ class Registry:
                 standing.pace = pace
         self._standings[key] = standing
         if len(self._standings) > STANDINGS_MAX:
-            self._standings.popitem(last=False)
+            self._standings.popitem(last=False)  # a live node has its own hold on what it needs
         return standing
+
+    def _pace_of(self, record: NodeRecord, class_id: ClassId) -> Pace | None:
+        member = record.members.get(class_id)
+        if member is not None:
+            return member.pace
+        standing = self._standings.get((record.node_id, class_id))
+        return standing.pace if standing is not None else None
 
     def _load(self, record: NodeRecord, class_id: ClassId, in_flight: int) -> None:
         record.in_flight[class_id] = in_flight
@@ -640,6 +648,8 @@ class Registry:
         gone = set(record.members)
         for class_id, member in record.members.items():
             self._rosters[class_id].remove(member, moment)
+            if not len(self._rosters[class_id]) and len(self._rosters) > ROSTERS_MAX:
+                del self._rosters[class_id]
         record.members = {}
         return gone
 
