@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from gridmill.network import idempotency
 from gridmill.network.books import Books
 from gridmill.network.dispatch import Dispatcher
 from gridmill.network.journey import Journey
@@ -145,6 +146,20 @@ def the_journal_does_not_count(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Order, "part_owed_count", property(lambda self: 0))
 
 
+def a_retry_pays_the_prompt_again(patch: pytest.MonkeyPatch) -> None:
+    def make(real: Any) -> Any:
+        return lambda *arguments: msgspec.structs.replace(real(*arguments), prompt_charged=False)
+
+    patch.setattr(idempotency, "_part", make(idempotency._part))
+
+
+def a_retry_uses_its_epochs_again(patch: pytest.MonkeyPatch) -> None:
+    def make(real: Any) -> Any:
+        return lambda *arguments: msgspec.structs.replace(real(*arguments), epoch_next=0)
+
+    patch.setattr(idempotency, "_part", make(idempotency._part))
+
+
 @pytest.mark.parametrize(
     "mutate",
     [
@@ -158,6 +173,8 @@ def the_journal_does_not_count(patch: pytest.MonkeyPatch) -> None:
         a_work_is_settled_twice,
         a_work_runs_twice,
         the_journal_does_not_count,
+        a_retry_pays_the_prompt_again,
+        a_retry_uses_its_epochs_again,
     ],
     ids=lambda mutate: mutate.__name__,
 )
