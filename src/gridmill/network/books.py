@@ -553,23 +553,23 @@ class Books:
         counted: list[tuple[int, bytes, bytes | None, str]] = []
         moved: list[tuple[Any, ...]] = []
         for order in self._live.values():
-            if order.server is None:
-                continue  # Between two nodes: the row still says what the last one did.
-            count = order.part_owed_count
+            epoch, count = order.journal_state
             if not order.journalled:
                 # So may what a new hold is taken from.
-                if not self._settlements and len(opened) < BATCH_MAX:
+                if order.server is not None and not self._settlements and len(opened) < BATCH_MAX:
                     order.journalled = True
-                    order.hold_epoch = order.journalled_epoch = order.epoch
+                    order.hold_epoch = order.journalled_epoch = epoch
                     order.journalled_count = count
                     opened.append(order)
-            elif order.epoch != order.journalled_epoch:
-                order.journalled_epoch, order.journalled_count = order.epoch, count
+            elif epoch != order.journalled_epoch:
+                order.journalled_epoch, order.journalled_count = epoch, count
                 moved.append(self._moved_row(order))
             elif count != order.journalled_count:
                 order.journalled_count = count
+                now = order.to_journal()
+                assert now is not None
                 kept = pack_ids(order.ids()) if order.keeps_ids else None
-                counted.append((count, order.output_hash(count), kept, order.work_id))
+                counted.append((count, now.output_hash, kept, order.work_id))
         if not (asked or settlements or announcements or opened or counted or moved):
             return None
         rows = [self._row(order) for order in opened]
@@ -581,29 +581,29 @@ class Books:
         return batch, asked
 
     def _row(self, order: Order) -> tuple[Any, ...]:
-        server, count = order.server, order.part_owed_count
-        assert server is not None
+        now = order.to_journal()
+        assert now is not None
+        server = now.server
         return (
-            *(order.work_id, order.epoch, self._holder, order.hold_id),
+            *(order.work_id, now.epoch, self._holder, order.hold_id),
             *(order.payer.account_id, order.payer.key_id, order.model),
             *(server.node_id, server.node_key, server.owner_id, order.class_id, encode_row(server.row)),
-            *(order.input_tokens, order.cached_tokens, count),
-            *(order.prompt_hash, order.output_hash(count), order.salt),
-            *(order.start + order.count - order.part_count, order.started_ms, 0),
+            *(order.input_tokens, order.cached_tokens, now.count),
+            *(order.prompt_hash, now.output_hash, order.salt, now.start, now.started_ms, 0),
             pack_ids(order.ids()) if order.keeps_ids else None,
-            encode_journal(order.journal()),
+            encode_journal(now.journal),
         )
 
     def _moved_row(self, order: Order) -> tuple[Any, ...]:
         """In the order of settlement.MOVED_COLUMNS."""
-        server, count = order.server, order.part_owed_count
-        assert server is not None
+        now = order.to_journal()
+        assert now is not None
+        server = now.server
         return (
-            *(order.epoch, server.node_id, server.node_key, server.owner_id, encode_row(server.row)),
-            *(order.cached_tokens, count, order.output_hash(count)),
-            *(order.start + order.count - order.part_count, order.started_ms),
+            *(now.epoch, server.node_id, server.node_key, server.owner_id, encode_row(server.row)),
+            *(order.cached_tokens, now.count, now.output_hash, now.start, now.started_ms),
             pack_ids(order.ids()) if order.keeps_ids else None,
-            encode_journal(order.journal()),
+            encode_journal(now.journal),
             order.work_id,
         )
 

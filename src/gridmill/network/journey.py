@@ -351,7 +351,8 @@ class Journey:
         self.left_owners.add(record.owner_id)
         self._ended(record, None if code == "node_draining" else code)
         self._observer.moved(code)
-        return Left(code, detail)
+        # A node that drains has not failed: a work with no move left may leave it all the same.
+        return Left(code, detail, accepted=code != "node_draining")
 
     def _ended(self, record: NodeRecord, fault: str | None) -> None:
         self._registry.ended(record, ClassId(self.work.class_id), fault=fault)

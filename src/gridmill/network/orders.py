@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+import msgspec
+
 from gridmill.network.metering import Charge, PriceRow, Usage
 from gridmill.network.scheduler import ANYWHERE, Allowed, Why
 from gridmill.network.settlement import (
@@ -34,6 +36,18 @@ class Purse(Protocol):
     lease_id: str
     free: int
     live: int
+
+
+class Journalled(msgspec.Struct, frozen=True):
+    """The part of a work that its row in the journal is about, and what came before."""
+
+    epoch: int
+    server: Server
+    start: int
+    started_ms: int
+    count: int
+    output_hash: bytes
+    journal: Journal
 
 
 class Order:
@@ -272,10 +286,46 @@ class Order:
     def hold_id(self) -> str:
         return hold_id_of(self.work_id, self.hold_epoch) if self.amount and self.journalled else ""
 
-    def journal(self) -> Journal:
+    def to_journal(self) -> Journalled | None:
+        """What a row in open_works should say now; None when nothing can have changed it."""
+        if self.server is not None:
+            assert self.terms is not None
+            parts = tuple(self.parts) if self.shown else ()
+            count = self.part_owed_count
+            return Journalled(
+                epoch=self.epoch,
+                server=self.server,
+                start=self.start + self._part_first,
+                started_ms=self.started_ms,
+                count=count,
+                output_hash=self.output_hash(count),
+                journal=Journal(self.terms, parts, not self.input_paid, self.replayed_tokens, self.start),
+            )
+        if not self.parts or not self.shown:
+            return None
+        # Between two nodes: what the last one made is as much to be charged as if it were still there.
         assert self.terms is not None
-        parts = tuple(self.parts) if self.shown else ()
-        return Journal(self.terms, parts, not self.input_paid, self.replayed_tokens, self.start)
+        last = self.parts[-1]
+        return Journalled(
+            epoch=last.epoch,
+            server=last.server,
+            start=last.start,
+            started_ms=last.started_ms,
+            count=last.used.output_tokens,
+            output_hash=last.output_hash,
+            journal=Journal(
+                self.terms, tuple(self.parts[:-1]), last.used.input_tokens > 0, last.replayed_tokens, self.start
+            ),
+        )
+
+    @property
+    def journal_state(self) -> tuple[int, int]:
+        """Epoch and count that a row should have: cheap, to see whether it has to be written."""
+        if self.server is not None:
+            return self.epoch, self.part_owed_count
+        if self.parts and self.shown:
+            return self.parts[-1].epoch, self.parts[-1].used.output_tokens
+        return self.journalled_epoch, self.journalled_count
 
     def job(self) -> Job:
         return Job(
