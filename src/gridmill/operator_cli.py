@@ -420,7 +420,8 @@ def _nodes(arguments: argparse.Namespace, environ: Environment) -> int:
                 reasons: list[tuple[str, ...]] = [
                     (r["reason"], str(r["count"]), r["meaning"]) for r in one["demand"]["lost"]
                 ]
-                print(table(("REASON", "COUNT", "MEANING"), reasons))
+                if reasons:
+                    print(table(("REASON", "COUNT", "MEANING"), reasons))
     return 0
 
 

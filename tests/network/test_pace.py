@@ -18,6 +18,7 @@ def test_latency_and_speed_of_prefill_are_told_apart() -> None:
     pace = measured(base=0.3, per_token=0.001)
     assert abs(pace.read_seconds(0) - 0.3) < 0.03
     assert abs(pace.read_seconds(4000) - 4.3) < 0.2
+    assert pace.prefill_tokens_per_second is not None and 900 < pace.prefill_tokens_per_second < 1100
 
 
 def test_noise_does_not_carry_the_line_away() -> None:
@@ -32,6 +33,7 @@ def test_prompts_of_one_length_lean_on_the_hint_for_all_others() -> None:
         pace.saw_first(float(number), 500, 0.6)
     assert abs(pace.read_seconds(500) - 0.6) < 0.01
     assert 1.0 < pace.read_seconds(1000) < 1.2
+    assert pace.prefill_tokens_per_second is None
 
 
 def test_a_hint_that_is_too_slow_gives_way_to_what_was_measured() -> None:

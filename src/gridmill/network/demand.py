@@ -78,10 +78,8 @@ def _of_class(member: Member, roster: Roster, class_id: ClassId, names: list[str
         "measured": {
             "works": pace.first_works,
             "first_token_seconds": round(pace.read_seconds(0), 4) if pace.measured else None,
-            "prefill_tokens_per_second": _rate(pace.read_seconds(1000) - pace.read_seconds(0), 1000)
-            if pace.measured
-            else None,
-            "decode_tokens_per_second": _rate(pace.token_seconds(0), 1) if pace.gap_works else None,
+            "prefill_tokens_per_second": _rounded(pace.prefill_tokens_per_second),
+            "decode_tokens_per_second": _rounded(1.0 / max(1e-6, pace.token_seconds(0))) if pace.gap_works else None,
             "wait_seconds": round(pace.wait_seconds(now), 4),
         },
         "demand": {
@@ -114,5 +112,5 @@ def state_of(member: Member) -> str:
     return "serving"
 
 
-def _rate(seconds: float, tokens: int) -> float | None:
-    return round(tokens / seconds, 1) if seconds > 0 else None
+def _rounded(speed: float | None) -> float | None:
+    return round(speed, 1) if speed is not None else None

@@ -27,11 +27,12 @@ TOKENS_FOR_A_SPEED = 8
 class Line:
     """y = base + slope · x by least squares over recent points; few or equal points lean on the prior slope."""
 
-    __slots__ = ("_prior", "_sure", "_w", "_wx", "_wxx", "_wxy", "_wy", "base", "slope")
+    __slots__ = ("_prior", "_sure", "_w", "_wx", "_wxx", "_wxy", "_wy", "base", "known", "slope")
 
     def __init__(self, base: float, slope: float, sure: float) -> None:
         self.base = base
         self.slope = slope
+        self.known = False  # whether the points say more about the slope than the prior does
         self._prior = slope
         self._sure = sure * sure
         self._w = self._wx = self._wy = self._wxx = self._wxy = 0.0
@@ -47,6 +48,7 @@ class Line:
         self._wxy = self._wxy * MEMORY + x * y
         mean_x, mean_y = self._wx / self._w, self._wy / self._w
         spread = max(0.0, self._wxx - self._wx * mean_x)
+        self.known = spread > self._sure
         self.slope = max(0.0, (self._wxy - self._wx * mean_y + self._sure * self._prior) / (spread + self._sure))
         self.base = mean_y - self.slope * mean_x
         if self.base < 0.0:  # The prior was too slow: then nothing but the slope explains the points.
@@ -124,6 +126,11 @@ class Pace:
     @property
     def measured(self) -> bool:
         return self.first_works > 0
+
+    @property
+    def prefill_tokens_per_second(self) -> float | None:
+        """None while prompts were too short or too much alike to tell it from the latency."""
+        return 1.0 / self._first.slope if self._first.known and self._first.slope > 0.0 else None
 
     def silent(self, now: float) -> bool:
         """Nothing was seen for so long that it may be another node by now."""
