@@ -259,6 +259,35 @@ def test_a_node_that_is_alone_and_wakes_up_again_keeps_its_work(tmp_path: Path) 
     moved(tmp_path, script, body)
 
 
+def test_a_work_that_waits_its_turn_on_a_node_which_serves_others_is_left_there(tmp_path: Path) -> None:
+    async def script(node: ScriptedNode, offer: Offer) -> None:
+        node.send(Accept(offer.stream))
+        if offer.work.work_id == "first":
+            for position in range(10):
+                await asyncio.sleep(0.1)
+                node.say(offer.stream, position, nth(position))
+            node.end(offer.stream, 10, "length")
+            return
+        await asyncio.sleep(1.2)
+        for position in range(10):
+            node.say(offer.stream, position, nth(position))
+        node.end(offer.stream, 10, "length")
+
+    async def body(world: World, till: Till, move: Move) -> None:
+        first, second = Reader(), Reader()
+        serving = []
+        for name, reader in (("first", first), ("second", second)):
+            wanted = work(name)
+            order = await till.order(wanted)
+            serving.append(asyncio.create_task(world.dispatcher.serve(wanted, order, reader.emit)))
+        await move.nodes[0].until(lambda: len(move.nodes[0].heard_of(Offer)) == 2)
+        await world.join(move.nodes[1])  # which has room, and is not needed
+        await asyncio.gather(*serving)
+        assert len(first.ids) == len(second.ids) == 10 and not world.observer.moves
+
+    moved(tmp_path, script, body, patience=Patience(gap_seconds=0.5, first_token_seconds=0.3, first_token_factor=0.0))
+
+
 def test_a_node_that_was_silent_and_spoke_again_is_better_than_none(tmp_path: Path) -> None:
     async def script(node: ScriptedNode, offer: Offer) -> None:
         node.send(Accept(offer.stream))

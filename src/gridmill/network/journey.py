@@ -36,10 +36,13 @@ LOOK_ELSEWHERE_SECONDS = 1.0  # how often a work on a node that drains asks whet
 LOGPROB_ROUNDING_MAX = 1e-3  # above zero: 16-bit arithmetic gets there, a probability does not
 
 
+FAULTS = {"node_draining": None, "node_queued": "cancelled"}  # what these reasons say of the node: nothing against it
+
+
 class Patience(msgspec.Struct, frozen=True):
     """How long a node may owe something, in seconds: the larger of a plain time and a multiple of what is usual.
 
-    A node that is silent for longer is left for one that has room. Where there is none it is given `alone_seconds` more,
+    A node that is silent for longer is left for one that has room. Where there is none it is given `alone_seconds`,
     counted from when it last sent an id of any work: leaving it would help nobody.
     """
 
@@ -200,8 +203,16 @@ class Journey:
                     stream.nudge_later(LOOK_ELSEWHERE_SECONDS)
                     continue
                 except NodeSilent:
-                    quiet = self._clock() - node_link.progressed_at
-                    if quiet >= self._patience.alone_seconds or self._elsewhere(self):
+                    now = self._clock()
+                    quiet = now - node_link.progressed_at
+                    if not order.part_count and quiet < first_token_patience:
+                        # It works for others: a queue, which the network's own choice has made, and no fault.
+                        self._registry.queued(record, class_id, now - offered)
+                        if now - offered >= first_token_patience + self._patience.alone_seconds:
+                            node_link.cancel(stream, self.delivered)
+                            detail = f"the node had no time for it in {now - offered:.1f} s"
+                            raise self._leave(record, "node_queued", detail) from None
+                    elif quiet >= self._patience.alone_seconds or self._elsewhere(self):
                         raise
                     patience = LOOK_ELSEWHERE_SECONDS
                     continue
@@ -349,7 +360,7 @@ class Journey:
             forfeits = not record.draining
         self._books.unserve(self.order, forfeits=forfeits)
         self.left_owners.add(record.owner_id)
-        self._ended(record, None if code == "node_draining" else code)
+        self._ended(record, FAULTS.get(code, code))
         self._observer.moved(code)
         # A node that drains has not failed: a work with no move left may leave it all the same.
         return Left(code, detail, accepted=code != "node_draining")
