@@ -38,6 +38,7 @@ Service = Literal["default", "flex"]
 Reason = Literal["full", "late", "shed"]
 
 WAIT_FLOOR_SECONDS = 0.2  # a burst is smoothed out even where the first token usually takes a hundredth of this
+WAIT_SHARE = 0.8  # of the time that the first token may be late; the rest is for all that is slower under load
 RATE_MEMORY_SECONDS = 60.0  # how long what was measured about a class counts
 RETRY_AFTER_SECONDS_MIN = 1.0
 RETRY_AFTER_SECONDS_MAX = 300.0  # a prediction further ahead than this says nothing
@@ -406,7 +407,9 @@ class _Line:
         usual = admission.fleet.usual_ttft_seconds(self._class_id)
         if not usual or not admission.ttft_factor:
             return admission.queue_timeout_seconds
-        return min(admission.queue_timeout_seconds, max(WAIT_FLOOR_SECONDS, (admission.ttft_factor - 1.0) * usual))
+        return min(
+            admission.queue_timeout_seconds, max(WAIT_FLOOR_SECONDS, (admission.ttft_factor - 1.0) * usual * WAIT_SHARE)
+        )
 
     def tier_now(self, ticket: Ticket) -> int:
         """Nobody's promise may keep an account behind for long."""
