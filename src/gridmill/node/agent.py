@@ -115,6 +115,7 @@ class Agent:
         self._paused: set[int] = set()
         self._step_bytes = 0
         self._flush_due = False
+        self.step_turns = STEP_TURNS  # fewer where turns cost more than frames, as in a simulation
         self._turns_to_wait = 0
         self._open = False
         self._draining = False
@@ -416,7 +417,7 @@ class Agent:
         self._send(step)
         if not self._turns_to_wait:
             asyncio.get_running_loop().call_soon(self._turn_passed)
-        self._turns_to_wait = STEP_TURNS
+        self._turns_to_wait = self.step_turns
 
     def _send(self, message: AnyMessage) -> None:
         """Breaking the protocol ourselves is a bug that ends the program: a stream that hangs would hide it."""

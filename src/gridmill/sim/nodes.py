@@ -166,6 +166,7 @@ class SimNode:
                 asyncio.TaskGroup() as group,
             ):
                 self.agent = agent
+                agent.step_turns = 1
                 conversation.link.telemetry = agent.telemetry
 
                 async def leave() -> None:

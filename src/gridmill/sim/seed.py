@@ -179,7 +179,7 @@ class _Scene:
 
     def _arrivals(self) -> list[float]:
         random = self.random
-        count = random.randint(6, 30)
+        count = random.randint(5, 24)
         if random.random() < 0.3:  # all at once
             return sorted(random.uniform(0.0, 1.0) for _ in range(count))
         return sorted(random.uniform(0.0, ARRIVALS_SECONDS) for _ in range(count))
