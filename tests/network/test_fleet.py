@@ -259,6 +259,34 @@ def test_a_node_of_which_little_is_known_gets_its_chance_now_and_then(others: in
     assert isinstance(place(Request("d", 1, 1), Snapshot({"c": roster}), now=1.0, random=random), Full)
 
 
+def test_a_node_that_promises_more_places_than_it_can_work_on_is_given_as_many_as_it_can() -> None:
+    """It reads four prompts at once; beyond that they queue inside it. 64 places is what it says."""
+    roster, boaster = Roster(), proven("n1", slots=64)
+    roster.add(boaster, 0.0)
+    random, now = Random(4), 0.0
+
+    def first_tokens(works: int) -> None:
+        nonlocal now
+        for _ in range(works):
+            now += 0.5
+            seconds = 0.1 * max(1.0, boaster.in_flight / 4) * random.uniform(0.8, 1.2)
+            roster.first_token(boaster, now, 100, seconds)
+            roster.load(boaster, min(boaster.in_flight, boaster.limit), now)
+
+    roster.load(boaster, 2, now)
+    first_tokens(20)
+    assert boaster.limit == 64
+    for _ in range(100):
+        roster.load(boaster, boaster.limit, now)
+        first_tokens(3)
+    assert 8 <= boaster.limit <= 24
+    assert boaster.pace.read_seconds(100) < 0.25, "the queue is not mistaken for the machine"
+    assert boaster.pace.wait_seconds(now) > 0.0
+    roster.load(boaster, 0, now)
+    roster.advance(now + 100.0)
+    assert boaster.limit == 64, "what was is forgotten when nothing was heard for a minute"
+
+
 def test_the_usual_time_to_a_first_token_ignores_what_a_busy_hour_adds() -> None:
     roster, busy = Roster(), member("n1", slots=4)
     roster.add(busy, 0.0)

@@ -37,6 +37,7 @@ STICKY_WORKS_MAX = 200  # then the key looks around once, so that nothing is tie
 TTFT_QUANTILE = 0.25
 TTFT_STEP = 0.1  # in the logarithm, per work
 TTFT_STEP_LOADED = 0.01  # upwards, from works on a node that was more than half full
+LOADED_SHARE = 0.25  # of its limit: with more the time to a first token says less about the node than about its load
 OUTPUT_TOKENS_UNKNOWN = 256.0
 OUTPUT_MEMORY = 0.05
 
@@ -323,7 +324,8 @@ class Roster:
         unloaded = member.pace.read_seconds(read_tokens)
         if member.pace.first_works >= 3:
             member.health.first_token(now, ttft_seconds, unloaded, member.in_flight, member.slots)
-        member.pace.saw_first(now, read_tokens, ttft_seconds)
+        loaded = member.in_flight > max(2, LOADED_SHARE * member.limit)
+        member.pace.saw_first(now, read_tokens, ttft_seconds, loaded=loaded)
         self._note_ttft(ttft_seconds, loaded=2 * member.in_flight > member.slots)
         if member.place >= 0:
             self.touch(member, now)
@@ -410,7 +412,9 @@ class Roster:
                     self._schedule(health.open_until, member)
                     continue
                 self._try_again(member)
-            elif member.unsure_at < 0 and not member.pace.silent(now):
+            elif member.pace.silent(now):
+                health.rested()
+            elif member.unsure_at < 0:
                 self._schedule(member.pace.seen + SILENT_SECONDS + 1.0, member)
             self.touch(member, now)
 

@@ -189,6 +189,11 @@ class Health:
             self._last_cut = now
         self._limit_share = min(1.0, max(limit / slots, 1.0 / LIMIT_SHARE_MIN))
 
+    def rested(self) -> None:
+        """Nothing was heard of it for a while: the queue that cut its limit is gone."""
+        self._limit_share = 1.0
+        self._excess = 1.0
+
     def limit(self, slots: int, *, starting: bool = False) -> int:
         """How many works it is given at once: never more than it advertises. `starting`: it has yet to show itself."""
         if self.state == "open":

@@ -18,6 +18,7 @@ WAIT_DECAY_SECONDS = 10.0
 MEMORY = 0.95  # per work: about the last twenty count
 READ_TOKENS_SURE = 300.0  # a spread of prompt lengths that says more than the hint does
 WORKS_BESIDE_SURE = 2.0
+LOADED_WEIGHT = 0.01  # of a first token that came late on a loaded node: a machine that has become slower shows in time
 OUTLIER = 3.0  # times the prediction: what is above was a wait, not a speed
 WAIT_NOTICED_SHARE, WAIT_NOTICED_SECONDS = 0.25, 0.02  # less above the prediction is noise
 CROWDING_UNKNOWN = 0.5  # a full node is believed to need half as long again for each token
@@ -40,12 +41,13 @@ class Line:
     def at(self, x: float) -> float:
         return self.base + self.slope * x
 
-    def saw(self, x: float, y: float) -> None:
-        self._w = self._w * MEMORY + 1.0
-        self._wx = self._wx * MEMORY + x
-        self._wy = self._wy * MEMORY + y
-        self._wxx = self._wxx * MEMORY + x * x
-        self._wxy = self._wxy * MEMORY + x * y
+    def saw(self, x: float, y: float, weight: float = 1.0) -> None:
+        kept = MEMORY**weight
+        self._w = self._w * kept + weight
+        self._wx = self._wx * kept + weight * x
+        self._wy = self._wy * kept + weight * y
+        self._wxx = self._wxx * kept + weight * x * x
+        self._wxy = self._wxy * kept + weight * x * y
         mean_x, mean_y = self._wx / self._w, self._wy / self._w
         spread = max(0.0, self._wxx - self._wx * mean_x)
         self.known = spread > self._sure
@@ -74,15 +76,19 @@ class Pace:
 
     # ------------------------------------------------------------ what was seen
 
-    def saw_first(self, now: float, read_tokens: int, ttft_seconds: float) -> None:
-        """A first id came `ttft_seconds` after the offer, and `read_tokens` had to be computed for it."""
+    def saw_first(self, now: float, read_tokens: int, ttft_seconds: float, *, loaded: bool = False) -> None:
+        """A first id came `ttft_seconds` after the offer, and `read_tokens` had to be computed for it.
+
+        The line is what an unloaded node takes: while it is `loaded`, what is above the line is a wait.
+        """
         expected = self._first.at(read_tokens)
         if self.first_works >= 3:
             over = ttft_seconds - expected
             noticed = over > WAIT_NOTICED_SHARE * expected + WAIT_NOTICED_SECONDS
             self.waited(now, over if noticed else 0.0)
             ttft_seconds = min(ttft_seconds, OUTLIER * expected + WAIT_NOTICED_SECONDS)
-        self._first.saw(read_tokens, ttft_seconds)
+        queued = loaded and self.first_works >= 3 and ttft_seconds > expected
+        self._first.saw(read_tokens, ttft_seconds, LOADED_WEIGHT if queued else 1.0)
         self.first_works += 1
         self._last = now
 
