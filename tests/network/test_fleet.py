@@ -21,7 +21,16 @@ def member(
     kept = standing or Standing(Health(now - 1000), Pace(slots=slots))
     row = PriceRow(f"price-{name}", Price(cost, cost, cost), FeePolicy())
     owner = OwnerId(f"owner-{int(name[1:]) % 3}")
-    return Member(NodeId(name), owner, slots, kept, price=row, in_flight=in_flight, region=f"r{int(name[1:]) % 2}")
+    return Member(
+        NodeId(name),
+        owner,
+        slots,
+        kept,
+        price=row,
+        in_flight=in_flight,
+        region=f"r{int(name[1:]) % 2}",
+        tier=int(int(name[1:]) % 4 == 0),
+    )
 
 
 def proven(name: str, *, slots: int = 4) -> Member:
@@ -54,6 +63,10 @@ def true(roster: Roster, now: float) -> None:
     assert set(roster.among(Random(1))) == set(members)
     assert {m.node_id for m in roster.among(Random(1), regions=frozenset({"r0"}))} >= {
         m.node_id for m in members if m.region == "r0"
+    }
+    assert set(roster.among(Random(1), tier=1)) == {m for m in members if m.tier}
+    assert set(roster.among(Random(1), owners=frozenset({"owner-1", "nobody"}))) == {
+        m for m in members if m.owner_id == "owner-1"
     }
     assert set(roster.among(Random(1), output_nanocredits_max=2)) >= {
         m for m in members if m.price.price.output_nanocredits <= 2

@@ -12,8 +12,9 @@ import math
 from array import array
 from bisect import bisect_left, insort
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from random import Random
+from typing import TypeVar
 
 import msgspec
 
@@ -40,6 +41,8 @@ TTFT_STEP_LOADED = 0.01  # upwards, from works on a node that was more than half
 LOADED_SHARE = 0.25  # of its limit: with more the time to a first token says less about the node than about its load
 OUTPUT_TOKENS_UNKNOWN = 256.0
 OUTPUT_MEMORY = 0.05
+
+K = TypeVar("K", str, int)
 
 
 class NodeView(msgspec.Struct, frozen=True):
@@ -179,6 +182,7 @@ class Roster:
         self._by_id: dict[NodeId, Member] = {}
         self._owners: dict[str, dict[NodeId, Member]] = {}
         self._regions: dict[str, dict[NodeId, Member]] = {}
+        self._tiers: dict[int, dict[NodeId, Member]] = {}
         self._by_price: list[tuple[int, NodeId]] = []  # by what an output token costs
         self._tree: list[int] = [0]  # Fenwick sums of the sampling weights
         self._ring: array[int] = array("Q")
@@ -231,6 +235,7 @@ class Roster:
         self._by_id[member.node_id] = member
         self._owners.setdefault(member.owner_id, {})[member.node_id] = member
         self._regions.setdefault(member.region, {})[member.node_id] = member
+        self._tiers.setdefault(member.tier, {})[member.node_id] = member
         insort(self._by_price, (member.price.price.output_nanocredits, member.node_id))
         self._rows = None
         for position in _positions(member.node_id):
@@ -252,10 +257,9 @@ class Roster:
         if self._by_id.get(member.node_id) is not member:
             return
         del self._by_id[member.node_id]
-        for index, key in ((self._owners, member.owner_id), (self._regions, member.region)):
-            del index[key][member.node_id]
-            if not index[key]:
-                del index[key]
+        _forget(self._owners, member.owner_id, member)
+        _forget(self._regions, member.region, member)
+        _forget(self._tiers, member.tier, member)
         del self._by_price[bisect_left(self._by_price, (member.price.price.output_nanocredits, member.node_id))]
         for position in _positions(member.node_id):
             self._ring.pop(bisect_left(self._ring, position << RING_SHIFT | member.place))
@@ -485,22 +489,39 @@ class Roster:
         *,
         owners: frozenset[str] | None = None,
         regions: frozenset[str] | None = None,
+        tier: int = 0,
         output_nanocredits_max: int | None = None,
     ) -> Iterator[Member]:
         """All of which these may be true, beginning anywhere: by the index that leaves the fewest to look at."""
-        some: list[list[Member | None]] = [self._members]
-        for index, wanted in ((self._owners, owners), (self._regions, regions)):
-            if wanted is not None:
-                some.append([member for key in sorted(wanted) for member in index.get(key, {}).values()])
+        fewest = len(self._members)
+        chosen: list[dict[NodeId, Member]] | None = None
+        indexed = []
+        if owners is not None:
+            indexed.append(_parts(self._owners, owners))
+        if regions is not None:
+            indexed.append(_parts(self._regions, regions))
+        if tier:
+            indexed.append(_parts(self._tiers, [each for each in self._tiers if each >= tier]))
+        for parts in indexed:
+            if (count := sum(map(len, parts))) < fewest:
+                fewest, chosen = count, parts
+        cheap = None
         if output_nanocredits_max is not None:
-            end = bisect_left(self._by_price, (output_nanocredits_max + 1, NodeId("")))
-            if end < len(min(some, key=len)):
-                some.append([self._by_id[node_id] for _, node_id in self._by_price[:end]])
-        fewest = min(some, key=len)
-        start = random.randrange(len(fewest)) if fewest else 0
-        for position in range(start - len(fewest), start):
-            member = fewest[position]
-            if member is not None:
+            cheap = bisect_left(self._by_price, (output_nanocredits_max + 1, NodeId("")))
+            if cheap < fewest:
+                fewest, chosen = cheap, None
+            else:
+                cheap = None
+        if not fewest:
+            return
+        start = random.randrange(fewest)
+        some = [member for part in chosen for member in part.values()] if chosen is not None else None
+        for position in range(start - fewest, start):
+            if some is not None:
+                yield some[position]
+            elif cheap is not None:
+                yield self._by_id[self._by_price[position % fewest][1]]
+            elif (member := self._members[position]) is not None:
                 yield member
 
     def views(self) -> tuple[NodeView, ...]:
@@ -610,6 +631,16 @@ class _Views(Mapping[str, tuple[NodeView, ...]]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+
+def _parts(index: dict[K, dict[NodeId, Member]], wanted: Iterable[K]) -> list[dict[NodeId, Member]]:
+    return [index[key] for key in sorted(wanted) if key in index]
+
+
+def _forget(index: dict[K, dict[NodeId, Member]], key: K, member: Member) -> None:
+    del index[key][member.node_id]
+    if not index[key]:
+        del index[key]
 
 
 def _positions(node_id: NodeId) -> list[int]:

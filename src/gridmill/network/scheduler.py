@@ -301,6 +301,7 @@ def _might(request: Request, roster: Roster, random: Random) -> Iterator[Member]
         random,
         owners=request.allowed.owners,
         regions=request.allowed.regions,
+        tier=request.allowed.tier,
         output_nanocredits_max=min(most_for_output, default=None),
     )
 
