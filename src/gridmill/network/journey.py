@@ -192,6 +192,7 @@ class Journey:
             self._served(len(read) // 4 - cached_tokens)
             first_token = 0.0
             before = order.count
+            waits_since = offered
             patience = first_token_patience
             while True:
                 try:
@@ -205,12 +206,13 @@ class Journey:
                 except NodeSilent:
                     now = self._clock()
                     quiet = now - node_link.progressed_at
-                    if not order.part_count and quiet < first_token_patience:
+                    if (not order.part_count or stream.paused) and quiet < first_token_patience:
                         # It works for others: a queue, which the network's own choice has made, and no fault.
-                        self._registry.queued(record, class_id, now - offered)
-                        if now - offered >= first_token_patience + self._patience.alone_seconds:
+                        waited = now - waits_since
+                        self._registry.queued(record, class_id, waited)
+                        if waited >= first_token_patience + self._patience.alone_seconds:
                             node_link.cancel(stream, self.delivered)
-                            detail = f"the node had no time for it in {now - offered:.1f} s"
+                            detail = f"the node had no time for it in {waited:.1f} s"
                             raise self._leave(record, "node_queued", detail) from None
                     elif quiet >= self._patience.alone_seconds or self._elsewhere(self):
                         raise
@@ -240,6 +242,7 @@ class Journey:
                 self._served(count)
                 await emit(emissions)
                 node_link.grant(stream, count)
+                waits_since = self._clock()
                 patience = max(self._patience.gap_seconds, self._patience.gap_factor * stream.gap_seconds)
                 patience += record.round_trip_seconds
         except Enough as enough:

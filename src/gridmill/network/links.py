@@ -169,6 +169,11 @@ class NodeStream:
         if not self._ended:
             self._nudge_timer = self._loop.call_later(seconds, self.nudge)
 
+    @property
+    def paused(self) -> bool:
+        """Whether the node said that this work waits for a place, and has sent nothing of it since."""
+        return self._paused
+
     def last_word_within(self, seconds: float, otherwise: Callable[[], None]) -> None:
         """Calls `otherwise` when the node has not ended this stream by then."""
         if not self._ended and self._last_timer is None:
