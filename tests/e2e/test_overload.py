@@ -56,7 +56,7 @@ def test_who_will_not_wait_is_refused_with_a_time_and_who_will_is_served_in_orde
     until(lambda: ask(network, key).status == 200)
     assert ask(network, key).body.get("service_tier") is None
 
-    hog = Stream(network.facts["base_url"], key, model=MODEL, prompt="Hello", max_tokens=60, ignore_eos=True)
+    hog = Stream(network.facts["base_url"], key, model=MODEL, prompt="Hello", max_tokens=900, ignore_eos=True)
     hog.event()
     refused = ask(network, key)
     assert (refused.status, refused.body["error"]["code"]) == (429, "overloaded")
@@ -81,7 +81,7 @@ def test_who_will_not_wait_is_refused_with_a_time_and_who_will_is_served_in_orde
         patient = callers.submit(wait, "patient", headers={MAX_WAIT: "25"}, service_tier="auto")
         until(lambda: counted(network, "gridmill_queue_length") == 2)
         assert here.status()["requests_waiting"] == 2
-        assert all("error" not in event for event in hog.events())
+        hog.close()  # and its place is free
         assert (patient.result().status, flexible.result().status) == (200, 200)
     assert ended == ["patient", "flex"]
     assert patient.result().body["service_tier"] == "default" and flexible.result().body["service_tier"] == "flex"
