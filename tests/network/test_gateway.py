@@ -86,7 +86,7 @@ class FakeRegistry:
             raise KeyError(class_id)
         return self.text
 
-    def price_rows(self, class_id: str) -> list[PriceRow]:
+    def prices(self, class_id: str) -> list[PriceRow]:
         return [FREE]
 
 

@@ -49,7 +49,7 @@ class Offered(Registry):
             raise UnknownModel(name, [], f"no model {name}")
         return ModelCard("demo", ClassId("c" * 64), FACTS, "owner", 0, True)
 
-    def price_rows(self, class_id: str) -> list[PriceRow]:
+    def prices(self, class_id: str) -> list[PriceRow]:
         return list(self.rows)
 
 

@@ -365,7 +365,7 @@ class OpenAIGateway:
         What is held is the dearest eligible offer's most, or as much of it as there is, down to the cheapest's. Where
         the caller left max_tokens to us, fewer tokens are an answer too.
         """
-        rows = self.registry.price_rows(class_id)
+        rows = self.registry.prices(class_id)
         if request.max_price is not None and rows:
             eligible = [row for row in rows if within(row, request.max_price)]
             if not eligible:

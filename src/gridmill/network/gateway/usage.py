@@ -150,7 +150,7 @@ class UsageApi:
                 param="max_tokens",
             )
         max_tokens = min(max_tokens, room)  # as the request itself would be cut
-        rows = self._registry.price_rows(card.class_id)
+        rows = self._registry.prices(card.class_id)
         cap = _cap(wanted)
         costs = [most(row, input_tokens, max_tokens) for row in rows if within(row, cap)]
         available, _ = await self._store.read(lambda tx: balances.of_user(tx, account.account_id))
