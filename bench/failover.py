@@ -8,9 +8,10 @@ both; after a random number of tokens one node is killed (SIGKILL) or stopped (S
 proxy, or it is told to leave. What that broke is asked again in peace, under a fresh cache salt, and compared: ids as
 far as the API shows them, text, usage and price.
 
-The pause is the longest gap of a stream after the fault, less its usual gap. Beside it, from the same run: what a new
-request of the same length waits for its first token, sent at once with as many others as one fault breaks, to a node
-that is as busy as the one which takes over. Rounds that are done are kept in a file: stopped, it goes on where it was.
+The pause is the longest gap of a stream after the fault, less its usual gap. It is what the network needed to notice,
+by its own log, and then what the next node needed for its first token. Beside it stands, from the same run, the first
+token of new requests of the same length: sent at once, as many as one fault broke, to a node as busy as the one that
+took over. Rounds that are done are kept in a file: stopped, it goes on where it was.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ import json
 import os
 import platform
 import random
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +41,6 @@ from faults import Asked, FaultKind, Fleet, Node, fleet, random_model
 
 PRICE = "50/400"
 PROMPT_IDS = (20, 160)
-GAP_SECONDS, GAP_FACTOR = 1.0, 5.0  # the network's own defaults: how long a node may owe a token
 DRAINS = 0.1  # of a drain, as many as this share of all the others
 SHARES: dict[FaultKind, float] = {"kill": 0.3, "stop": 0.25, "cut": 0.25, "freeze": 0.2, "drain": DRAINS}
 
@@ -51,6 +53,8 @@ class Broken(msgspec.Struct, frozen=True):
     prompt_ids: int
     seen_ids: int | None  # when the fault struck
     added_pause_seconds: float | None
+    noticed_seconds: float | None  # from its last event before the pause until the network gave the node up
+    resumed_seconds: float | None  # from then to its next event
     usual_gap_seconds: float | None
     differs: list[str]
 
@@ -79,14 +83,14 @@ def main() -> int:
     out = options.out or (
         HERE / "results" / "failover.json" if options.streams >= 1000 else ROOT / "build" / "failover.json"
     )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the rounds that are done are kept"))
     began = time.monotonic()
     rounds = played(options)
     document = summary(rounds, options, time.monotonic() - began)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(document, indent=1) + "\n")
     print(f"wrote {out}")
-    shown = {kind: {**facts, "added_pause_ms": None} for kind, facts in document["faults"].items()}
-    print(json.dumps({**document, "faults": shown, "different": document["different"][:10]}, indent=1))
+    show(document)
     return 0 if document["identical"] == document["broken"] and not document["failed"] else 1
 
 
@@ -153,6 +157,7 @@ class Play:
         self._options = options
         self._random = random.Random(f"{options.seed}-{rounds_before}")
         self._numbers = itertools.count(rounds_before << 16)
+        self._wall_minus_monotonic = time.time() - time.monotonic()
 
     def requests(self, count: int) -> list[Asked]:
         """Half of them streamed, half greedy, half with log probabilities, in all combinations."""
@@ -196,18 +201,22 @@ class Play:
         moved = [i for i, one in enumerate(asked) if one.done and len(one.nodes) > 1]
         first_token = self._first_tokens([asked[i] for i in moved], after) if kind == "kill" else []
         peace = self._in_peace([asked[i] for i in moved])
+        left = {said["work"].rpartition("-")[0]: float(said["time_seconds"]) for said in nodes.moves()}
         found = []
         for i, whole in zip(moved, peace, strict=True):
             one = asked[i]
-            pause, usual = longest_gap(one.moments, struck) if one.streamed else (None, None)
+            gap = longest_gap(one.moments, struck) if one.streamed else None
+            departure = left[one.request_id] - self._wall_minus_monotonic
             found.append(
                 Broken(
                     streamed=one.streamed,
                     temperature=one.body["temperature"],
                     prompt_ids=len(one.body["prompt"]),
                     seen_ids=seen[i] if one.streamed else None,
-                    added_pause_seconds=None if pause is None or usual is None else pause - usual,
-                    usual_gap_seconds=usual,
+                    added_pause_seconds=gap.added if gap else None,
+                    noticed_seconds=departure - gap.begin if gap else None,
+                    resumed_seconds=gap.end - departure if gap else None,
+                    usual_gap_seconds=gap.usual if gap else None,
                     differs=one.differs(whole),
                 )
             )
@@ -215,40 +224,61 @@ class Play:
 
     def _in_peace(self, asked: list[Asked]) -> list[Asked]:
         """The same again, unbroken. A node that was killed starts meanwhile: nothing is timed here."""
-        absent: list[Node] = [node for node in self._fleet.nodes if not node.alive]
+        fleet = self._fleet
+        fleet.calm()
+        absent: list[Node] = [node for node in fleet.nodes if not node.alive]
         for node in absent:
             node.program.process.wait(60)
             node.launch()
-        try:
-            return self._fleet.ask([one.again() for one in asked])
-        finally:
-            for node in absent:
-                node.ready()
+        moves = fleet.moves()
+        whole = fleet.ask([one.again() for one in asked])
+        assert fleet.moves() == moves, "what was meant to be unbroken was not"
+        for node in absent:
+            node.ready()
+        return whole
 
     def _first_tokens(self, moved: list[Asked], seen: int) -> list[float]:
         """What requests of the length that the broken ones had wait for their first token, all sent at once, on the
         one node that is left, beside as many streams as it had of its own."""
-        background = [one for one in self.requests(4 * self._options.at_once) if one.streamed][: self._options.at_once]
+        own = 2 * self._options.at_once - len(moved)
+        background = [one for one in self.requests(4 * own) if one.streamed][:own]
+        left = max(2, self._options.tokens - seen)
         fresh = [
-            Asked(prompt=self._prompt(len(one.body["prompt"]) + seen), max_tokens=1, ignore_eos=True).again()
+            Asked(
+                prompt=self._prompt(len(one.body["prompt"]) + seen), max_tokens=left, ignore_eos=True, stream=True
+            ).again()
             for one in moved
         ]
 
         async def measure() -> None:
-            await background[0].reached(20)
+            if background:
+                await background[0].reached(20)
             await self._fleet.asking(fresh)
 
         self._fleet.ask(background, measure)
-        return [one.ended - one.began for one in fresh if one.done]
+        return [one.moments[0] - one.began for one in fresh if one.moments]
 
 
-def longest_gap(moments: list[float], struck: float) -> tuple[float | None, float | None]:
-    """(longest gap that ends after the fault, usual gap), in seconds; None for a stream that was almost over."""
-    gaps = [(b - a, b) for a, b in itertools.pairwise(moments)]
-    after = [gap for gap, end in gaps if end > struck]
+class Gap(msgspec.Struct, frozen=True):
+    """The longest gap between two events of a stream that ends after its fault, by time.monotonic; the usual one."""
+
+    begin: float
+    end: float
+    usual: float
+
+    @property
+    def added(self) -> float:
+        return self.end - self.begin - self.usual
+
+
+def longest_gap(moments: list[float], struck: float) -> Gap | None:
+    """None for a stream that was almost over."""
+    pairs = list(itertools.pairwise(moments))
+    after = [(end - begin, begin, end) for begin, end in pairs if end > struck]
     if not after:
-        return None, None
-    return max(after), statistics.median(gap for gap, _ in gaps)
+        return None
+    _, begin, end = max(after)
+    return Gap(begin, end, statistics.median(b - a for a, b in pairs))
 
 
 # ---------------------------------------------------------------- what is published
@@ -262,19 +292,17 @@ def summary(rounds: list[Round], options: argparse.Namespace, seconds: float) ->
         of_kind = [one for each in rounds if each.kind == kind for one in each.broken]
         if not of_kind:
             continue
-        pauses = [one.added_pause_seconds for one in of_kind if one.added_pause_seconds is not None]
-        gaps = [one.usual_gap_seconds for one in of_kind if one.usual_gap_seconds is not None]
-        detection = max(GAP_SECONDS, GAP_FACTOR * statistics.median(gaps)) if kind in ("stop", "freeze") else 0.0
         by_kind[kind] = {
             "faults": sum(each.kind == kind for each in rounds),
             "broken": len(of_kind),
             "identical": sum(not one.differs for one in of_kind),
             "streamed": sum(one.streamed for one in of_kind),
             "greedy": sum(one.temperature == 0 for one in of_kind),
-            "detection_ms": 1000 * detection,
-            "usual_gap_ms": spread(gaps),
-            "added_pause": spread(pauses),
-            "added_pause_ms": [round(1000 * pause, 2) for pause in pauses],
+            "usual_gap": spread(known(one.usual_gap_seconds for one in of_kind)),
+            "noticed": spread(known(one.noticed_seconds for one in of_kind)),
+            "resumed": spread(known(one.resumed_seconds for one in of_kind)),
+            "added_pause": spread(known(one.added_pause_seconds for one in of_kind)),
+            "added_pause_ms": [round(1000 * pause, 1) for pause in known(one.added_pause_seconds for one in of_kind)],
         }
     return {
         "what": "streams that lost their node and went on at another, compared with the same request unbroken",
@@ -291,9 +319,30 @@ def summary(rounds: list[Round], options: argparse.Namespace, seconds: float) ->
         "different": [sentence for each in rounds for one in each.broken for sentence in one.differs],
         "broken_by_one_fault": spread_of_counts([len(each.broken) for each in rounds]),
         "first_token_of_a_new_request": spread(first_token),
-        "first_token_ms": [round(1000 * seconds, 2) for seconds in first_token],
+        "first_token_ms": [round(1000 * seconds, 1) for seconds in first_token],
         "faults": by_kind,
     }
+
+
+def show(document: dict[str, Any]) -> None:
+    """p50 / p95 / p99 in milliseconds."""
+
+    def cell(found: dict[str, float] | None) -> str:
+        return " / ".join(f"{found[name]:.0f}" for name in ("p50_ms", "p95_ms", "p99_ms")) if found else "-"
+
+    print(f"{document['identical']} of {document['broken']} identical, {len(document['failed'])} failed, drains apart")
+    for kind, facts in document["faults"].items():
+        print(
+            f"{kind:7} {facts['identical']:4} of {facts['broken']:4}   noticed {cell(facts['noticed']):20} "
+            f"resumed {cell(facts['resumed']):20} added pause {cell(facts['added_pause'])}"
+        )
+    print(f"first token of a new request {cell(document['first_token_of_a_new_request'])}")
+    for sentence in (document["failed"] + document["different"])[:20]:
+        print(sentence)
+
+
+def known(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
 
 
 def spread(seconds: list[float]) -> dict[str, float] | None:

@@ -20,7 +20,6 @@ import socket
 import struct
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -290,7 +289,7 @@ class Fleet:
         self.nodes: list[Node] = []
         self._price = ["--price", price] if price else []
         self._cables = cables
-        self.network = here.network(*QUIET, *arguments)
+        self.network = here.network("--log-level", "info", *arguments)
         self.url: str = self.network.facts["base_url"]
         self.key = here.key()
         if credit:
@@ -332,11 +331,10 @@ class Fleet:
         """The node with the most works."""
         return self.node(max(self.status()["nodes"], key=lambda node: node["running"])["node_id"])
 
-    def moves(self) -> int:
-        """How many works have left a node before their end."""
-        with urllib.request.urlopen(self.url.removesuffix("/v1") + "/metrics") as answer:
-            lines = answer.read().decode().splitlines()
-        return round(sum(float(line.split()[-1]) for line in lines if line.startswith("gridmill_moves_total{")))
+    def moves(self) -> list[dict[str, Any]]:
+        """What the network's log says of works that left a node before their end: when, which, why, after how much."""
+        lines = self.network.log.read_text().splitlines()
+        return [json.loads(line) for line in lines if '"a work leaves a node"' in line]
 
     def serving(self) -> set[str]:
         """Ids of the nodes that may be given work now."""
@@ -344,15 +342,20 @@ class Fleet:
 
     def heal(self, seconds: float = 60.0) -> None:
         """Everything back as it was: every node here, nothing on any of them."""
-        for node in self.nodes:
-            node.revive()
+        self.calm(seconds)
         absent = [node for node in self.nodes if not node.alive]
         for node in absent:
             node.program.process.wait(seconds)  # one that was told to leave may still be at it
             node.launch()
         for node in absent:
             node.ready()
-        wanted = {node.node_id for node in self.nodes}
+        self.calm(seconds)
+
+    def calm(self, seconds: float = 60.0) -> None:
+        """Stopped programs go on and frozen cables thaw; returns when all nodes that live serve, and nothing runs."""
+        for node in self.nodes:
+            node.revive()
+        wanted = {node.node_id for node in self.nodes if node.alive}
         until(lambda: self.serving() >= wanted, seconds)
         self.until_idle()
 
@@ -465,7 +468,8 @@ class Asked:
     def __init__(self, **body: Any) -> None:
         self.body = body
         self.status = 0
-        self.first_node = ""  # as the head of a stream says
+        self.first_node = ""  # as the head says
+        self.request_id = ""
         self.moments: list[float] = []  # of each event of a stream that showed a text, by time.monotonic()
         self.began = 0.0
         self.ended = 0.0
@@ -505,6 +509,7 @@ class Asked:
             async with session.post(f"{url}/{'chat/completions' if chat else 'completions'}", json=body) as answer:
                 self.status = answer.status
                 self.first_node = answer.headers.get("x-gridmill-node", "")
+                self.request_id = answer.headers.get("x-gridmill-request-id", "")
                 if self.streamed and answer.status == 200:
                     await self._read(answer.content)
                 else:
