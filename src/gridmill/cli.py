@@ -111,7 +111,9 @@ def build_parser() -> argparse.ArgumentParser:
     models = add_command(
         commands, "models", _models, "list the models that a network serves", "Lists what can be asked."
     )
-    _add_settings(models, ClientSettings, leave_out={"model", "system", "temperature", "max_tokens", "seed"})
+    _add_settings(
+        models, ClientSettings, leave_out={"model", "system", "temperature", "max_tokens", "min_tokens", "seed"}
+    )
 
     quote = add_command(
         commands,
@@ -124,7 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
     count = quote.add_mutually_exclusive_group(required=True)
     count.add_argument("--prompt", metavar="TEXT", help="count the tokens of this, as one chat message")
     count.add_argument("--input-tokens", metavar="N", type=int, help="a prompt of so many tokens")
-    _add_settings(quote, ClientSettings, leave_out={"model", "system", "temperature", "seed"})
+    _add_settings(quote, ClientSettings, leave_out={"model", "system", "temperature", "min_tokens", "seed"})
 
     sim = add_command(
         commands,
@@ -141,15 +143,25 @@ def build_parser() -> argparse.ArgumentParser:
         type=float,
         default=0.2,
         metavar="SHARE",
-        help="of the nodes, hit by something a minute (default: 0.2)",
+        help="share of the nodes to which something happens each minute, like 0.2 (default: 0.2)",
     )
-    sim.add_argument("--seconds", type=float, default=60.0, metavar="NUMBER", help="of requests (default: 60)")
+    sim.add_argument(
+        "--seconds",
+        type=float,
+        default=60.0,
+        metavar="NUMBER",
+        help="how long requests come, in virtual seconds; the last ones run to their end (default: 60)",
+    )
     sim.add_argument(
         "--rate", type=float, default=0.0, metavar="NUMBER", help="requests a second (default: 60 %% load)"
     )
     sim.add_argument("--slots", type=int, default=4, metavar="N", help="requests at once on a node (default: 4)")
     sim.add_argument(
-        "--tokens-per-second", type=float, default=20.0, metavar="NUMBER", help="of a slow node's stream (default: 20)"
+        "--tokens-per-second",
+        type=float,
+        default=20.0,
+        metavar="NUMBER",
+        help="how fast one stream of the slowest nodes is (default: 20)",
     )
     sim.add_argument("--seed", type=int, default=0, metavar="N", help="another seed is another day (default: 0)")
     sim.add_argument("--json", action="store_true", help="print the result as JSON, and no progress")
@@ -298,7 +310,11 @@ def _until_signal(program: Callable[[asyncio.Event], Coroutine[Any, Any, int]], 
                 if quiet:
                     return  # the program that started this one has said it
                 with contextlib.suppress(OSError):  # whoever read our log may have gone first
-                    print("Stopping: running answers may end; Ctrl-C again stops at once.", file=sys.stderr, flush=True)
+                    print(
+                        "Stopping: running answers go on elsewhere or to their end; Ctrl-C again stops at once.",
+                        file=sys.stderr,
+                        flush=True,
+                    )
 
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):

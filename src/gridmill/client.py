@@ -9,7 +9,7 @@ import ssl
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -36,6 +36,7 @@ class ClientSettings:
     system: str | None = setting(None, help="system message")
     temperature: float | None = setting(None, help="0 for the likeliest answer")
     max_tokens: int | None = setting(None, help="longest answer, in tokens")
+    min_tokens: int | None = setting(None, help="shortest answer, in tokens: it goes on where the model would end")
     seed: int | None = setting(None, help="the same seed gives the same answer")
     ca_file: Path | None = setting(None, help="PEM file with the authority that signed the network's certificate")
     json: bool = setting(False, help="print JSON instead of text")
@@ -143,7 +144,7 @@ class Client:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        for name in ("temperature", "max_tokens", "seed"):
+        for name in ("temperature", "max_tokens", "min_tokens", "seed"):
             if getattr(settings, name) is not None:
                 body[name] = getattr(settings, name)
         began = self._clock()
@@ -287,11 +288,17 @@ async def run_chat(settings: ClientSettings, question: str | None, out: TextIO) 
                 print(file=out)
                 rate = f", then {answer.tokens_per_second:.0f} tokens/s" if answer.completion_tokens > 10 else ""
                 print(
-                    f"[{answer.completion_tokens} tokens, first after {answer.ttft_seconds * 1000:.0f} ms{rate}]",
+                    f"[{answer.completion_tokens} tokens, first after {answer.ttft_seconds * 1000:.0f} ms{rate}"
+                    f"{_who(answer.nodes)}]",
                     file=sys.stderr,
                 )
             if question is not None:
                 return 0
+
+
+def _who(nodes: Sequence[str]) -> str:
+    """Worth a word when an answer went from node to node."""
+    return f"; begun by {nodes[0]}, finished by {nodes[-1]}" if len(nodes) > 1 else ""
 
 
 def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -174,7 +174,7 @@ class Dispatcher:
                 await ticket.turn(urgent=journey.begun)
             except Overloaded as overloaded:
                 if journey.begun:
-                    raise self._nobody(failure) from None
+                    raise self._nobody(failure, waited=True) from None
                 raise NoRoom("overloaded", overloaded.detail, overloaded.retry_after_seconds) from None
             while True:
                 request, found = self._look(journey)
@@ -191,7 +191,7 @@ class Dispatcher:
             if self._stopping or (found.reason == "no_node" and not waits_for_a_node):
                 raise self._nobody(failure, only_some=journey.order.allowed != ANYWHERE)
 
-    def _nobody(self, failure: Left | None, *, only_some: bool = False) -> Exception:
+    def _nobody(self, failure: Left | None, *, only_some: bool = False, waited: bool = False) -> Exception:
         match failure:
             case None if only_some:
                 return NoRoom(
@@ -207,6 +207,11 @@ class Dispatcher:
                 )
             case Unwanted():
                 return CallerFault(400, failure.code, failure.detail)
+            case _ if waited:
+                seconds = self._admission.resume_timeout_seconds
+                return NodeFault(
+                    failure.code, f"no other node could go on with it within {seconds:.0f} s: {failure.detail}"
+                )
             case _:
                 return NodeFault(failure.code, f"no other node can run this: {failure.detail}")
 

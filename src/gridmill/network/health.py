@@ -26,7 +26,10 @@ SOFT = frozenset({"node_refused"})
 SOFT_WEIGHT = 0.25
 CONSECUTIVE_REFUSALS = 12
 
-AVAILABLE_PRIOR, UNAVAILABLE_PRIOR = 8.0, 1.0  # what a newcomer is believed to be
+AVAILABLE_PRIOR, UNAVAILABLE_PRIOR = (
+    20.0,
+    0.5,
+)  # what a newcomer is believed to be: nearly as good as those who are known
 ENDING_MEMORY = 0.995  # per ending: about the last two hundred count
 REDO_DEVIATIONS = 1.0  # how far below the mean the bound lies, in standard deviations
 

@@ -100,6 +100,8 @@ async def _engine(settings: NodeSettings) -> Engine:
     """Finds the model and loads it. Raises _CannotRun."""
     progress = ProgressBar(bar=False if settings.json else None)
     pick = functools.cache(lambda: pick_device(settings.device))
+    if settings.engine_kind == "native":
+        log.info("loading torch and the model, and measuring both: some seconds to a minute")
     try:
         try:
             local, engine = await _loaded(settings, settings.exact, pick, progress)

@@ -688,8 +688,13 @@ def _as_api_error(error: Exception, prompt_param: str) -> ApiError:
         case CallerFault():
             return ApiError(error.status, error.code, error.message, param=error.param)
         case NoRoom():
+            detail = error.detail
+            if error.code == "overloaded":
+                detail += (
+                    f": try again in {math.ceil(error.retry_after_seconds)} s, or wait longer with service_tier flex"
+                )
             status = 429 if error.code == "overloaded" else 503
-            return ApiError(status, error.code, error.detail, headers=retry_after_exactly(error.retry_after_seconds))
+            return ApiError(status, error.code, detail, headers=retry_after_exactly(error.retry_after_seconds))
         case NodeFault():
             return ApiError(502, error.code, f"the node that computed this failed: {error.detail}")
         case Insufficient():
