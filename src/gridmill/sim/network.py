@@ -185,6 +185,8 @@ class Network:
             if call.enough:
                 ids = ids[: max(0, call.enough - len(whole))]
             whole.extend(ids)
+            if call.enough and len(whole) >= call.enough:
+                order.cut(call.enough)
             if call.streaming and ids and (pause := call.take(ids, loop)) is not None:
                 await pause
             if call.enough and len(whole) >= call.enough:
