@@ -24,7 +24,9 @@ def main() -> int:
 
 
 def page() -> str:
-    return "\n".join([HEAD, *gateway(), *ledger(), *engine(), *sampler(), *routing(), *scheduler(), *overload()])
+    return "\n".join(
+        [HEAD, *gateway(), *ledger(), *engine(), *sampler(), *routing(), *scheduler(), *overload(), *failover()]
+    )
 
 
 def raw(name: str) -> dict[str, Any] | None:
@@ -245,6 +247,70 @@ def overload() -> Iterator[str]:
         )
     yield ""
     yield "Aims: p95 within 2 × the unloaded one; equal tokens within 5 %; who waits as told is admitted.\n"
+
+
+# ---------------------------------------------------------------- failover
+
+
+FAULTS = {
+    "kill": "kill -9",
+    "stop": "SIGSTOP",
+    "cut": "cable cut",
+    "freeze": "cable frozen",
+    "drain": "told to leave (SIGTERM)",
+}
+
+
+def failover() -> Iterator[str]:
+    result = raw("failover")
+    if result is None:
+        return
+    machine, at_once, tokens = result["machine"], result["broken_by_one_fault"], result["settings"]["tokens"]
+    yield "## Failover (`bench/failover.py`)\n"
+    yield (
+        f"{machine['cores']} cores ({machine['processor']}), Python {machine['python']}: network, two native nodes in\n"
+        "exact mode with a small model of random weights, proxies and callers share them. Answers of\n"
+        f"{tokens} ids, half of them streamed, half greedy, half with log probabilities. A fault broke\n"
+        f"{at_once['least']} to {at_once['most']} requests at once. Each was asked again in peace, under a\n"
+        "fresh cache salt, and compared: ids as far as the API shows them, text, usage and price.\n"
+    )
+    yield (
+        "Noticed: from a stream's last token until the network gave its node up. Resumed: from then to its next one.\n"
+        "Added pause: both, less the usual gap between two tokens. p50 / p95 / p99 in milliseconds.\n"
+    )
+    yield "| fault | broken | identical | noticed | resumed | added pause |"
+    yield "|---|---|---|---|---|---|"
+    for kind, facts in result["faults"].items():
+        cells = " | ".join(_spread(facts[name]) for name in ("noticed", "resumed", "added_pause"))
+        yield f"| {FAULTS[kind]} | {facts['broken']:,} | {facts['identical']:,} | {cells} |"
+    yield (
+        f"| a new request, for comparison | {_count(result['first_token_of_a_new_request'])} | | | "
+        f"{_spread(result['first_token_of_a_new_request'])} | |"
+    )
+    yield ""
+    yield (
+        "A new request: its first token, of the length that the broken ones had, as many at once, at a node as busy\n"
+        "as the one that took over. It is what a resume has to read, without anything of failover in it.\n"
+    )
+    yield "| aim (issue) | reached |"
+    yield "|---|---|"
+    yield (
+        f"| every broken stream identical (drains not counted) | {result['identical']:,} of {result['broken']:,}, "
+        f"{len(result['failed'])} failed |"
+    )
+    fresh, killed = result["first_token_of_a_new_request"], result["faults"].get("kill")
+    if fresh and killed and killed["resumed"]:
+        times = killed["resumed"]["p50_ms"] / fresh["p50_ms"]
+        yield f"| noticing + one prefill: resumed after a kill, over a new request's first token | {times:.2f} × |"
+    yield ""
+
+
+def _spread(found: dict[str, float] | None) -> str:
+    return " / ".join(f"{found[name]:,.0f}" for name in ("p50_ms", "p95_ms", "p99_ms")) if found else "–"
+
+
+def _count(found: dict[str, float] | None) -> str:
+    return f"{found['count']:,.0f}" if found else "0"
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def main() -> int:
     install_peers()
     if shutil.which("wrk") is None and shutil.which("apt-get") is not None:
         subprocess.run(["apt-get", "install", "-y", "-qq", "wrk"], check=False)
-    for name in ("gateway", "ledger", "engine", "sampler", "routing", "scheduler", "overload"):
+    for name in ("gateway", "ledger", "engine", "sampler", "routing", "scheduler", "overload", "failover"):
         print(f"== bench/{name}.py", flush=True)
         subprocess.run([sys.executable, str(HERE / f"{name}.py")], check=True)
     return subprocess.run([sys.executable, str(HERE / "report.py")], check=True).returncode
