@@ -423,7 +423,7 @@ def test_what_no_node_can_run_is_told_to_the_caller_at_once(tmp_path: Path) -> N
             node.send(Refuse(offer.stream, "caller", "context_too_long", "the prompt is too long"))
 
         await world.join(node := ScriptedNode(picky, slots=4))
-        with pytest.raises(CallerFault, match="too long") as caught:
+        with pytest.raises(CallerFault, match="refuse") as caught:
             await Reader().serve(world, work())
         assert caught.value.status == 400 and len(node.heard_of(Offer)) == 1
 
@@ -720,7 +720,8 @@ def test_a_nodes_words_are_never_taken_for_the_networks(tmp_path: Path, fault: A
         await world.join(ScriptedNode(liar, slots=4))
         with pytest.raises((CallerFault, NodeFault)) as caught:
             await Reader().serve(world, work())
-        assert caught.value.code == "node_refused" and "the node says" in str(caught.value)
+        assert caught.value.code == "node_refused"
+        assert ("evil" in str(caught.value)) == (fault == "node") == ("the node says" in str(caught.value))
 
     play(tmp_path, body)
 

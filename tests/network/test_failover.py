@@ -118,6 +118,7 @@ def moved(
 async def grant_reserve(world: World, amount: int) -> None:
     legs = (("rail:operator:external", -amount), ("failover:reserve", amount))
     await world.books._store.run(lambda tx: ledger.apply(tx, [ledger.Transfer("grant", "grant", legs)]))
+    world.books._contributed(PAYER.account_id, amount)  # as if its fees had brought it in
     await world.books.keep_once()
 
 
@@ -573,6 +574,44 @@ def test_a_gateway_killed_between_two_nodes_settles_both_parts(tmp_path: Path) -
         assert await till.charged() == cost(INPUT, 7)  # who comes late settles nothing
 
     moved(tmp_path, honest(4), body, patience=Patience(first_token_seconds=5.0, gap_seconds=5.0))
+
+
+def test_who_paid_no_fees_gets_nothing_out_of_the_reserve(tmp_path: Path) -> None:
+    """A user with nodes of its own would have the reserve pay them for reading its own prompts."""
+
+    async def body(world: World, till: Till, move: Move) -> None:
+        world.books._contributions.clear()
+        await move.run(work(), 4)
+        assert (await parts(world))[1].replayed_tokens == 0
+
+    moved(tmp_path, honest(4), body, reserve=10**6)
+
+
+def test_what_a_liar_said_is_not_held_against_the_next_node(tmp_path: Path) -> None:
+    async def script(node: ScriptedNode, offer: Offer) -> None:
+        node.send(Accept(offer.stream))
+        node.send(Step((Emission(offer.stream, 0, (EOS,)), Emission(offer.stream, 1, (5,)))))
+        await node.until(lambda: bool(node.heard_of(Cancel)))
+        node.end(offer.stream, 2, "cancelled")
+
+    async def body(world: World, till: Till, move: Move) -> None:
+        await move.run(work(), 0)
+        assert move.reader.ids == [nth(n) for n in range(10)] and world.observer.moves == ["bad_ids"]
+
+    moved(tmp_path, script, body)
+
+
+def test_a_node_that_drains_and_says_nothing_more_is_left_in_its_time(tmp_path: Path) -> None:
+    async def script(node: ScriptedNode, offer: Offer) -> None:
+        node.send(Accept(offer.stream))
+        node.send(Drain(60.0))
+
+    async def body(world: World, till: Till, move: Move) -> None:
+        async with asyncio.timeout(4):
+            await move.run(work(), 0)
+        assert len(move.reader.ids) == 10
+
+    moved(tmp_path, script, body, patience=Patience(first_token_seconds=1.5, first_token_factor=0.0))
 
 
 # ---------------------------------------------------------------- what no honest engine says

@@ -370,6 +370,22 @@ async def test_a_stream_is_role_then_text_then_reason_then_usage_then_done(stage
 
 
 @over_a_socket()
+async def test_choices_that_end_before_the_head_is_out_all_end_in_the_stream(stage: Scene) -> None:
+    """Their text is held back, as it may begin a stop string: none of them has waited for the head yet."""
+
+    async def short(delivery: Delivery) -> Outcome:
+        delivery.placed("node-1")
+        await delivery.ids(ord("H"))
+        return delivery.ended("length")
+
+    stage.dispatcher.script = short
+    *chunks, done = await stage.events(n=4, max_tokens=1, stop=["Ho"])
+    assert done == "data: [DONE]"
+    ended = [chunk["choices"][0] for chunk in chunks if chunk["choices"] and chunk["choices"][0]["finish_reason"]]
+    assert sorted(choice["index"] for choice in ended) == [0, 1, 2, 3]
+
+
+@over_a_socket()
 async def test_without_include_usage_no_chunk_speaks_of_it(stage: Scene) -> None:
     assert all("usage" not in event for event in (await stage.events())[:-1])
 

@@ -153,3 +153,10 @@ def test_the_limit_never_exceeds_the_advertised_slots() -> None:
         health.first_token(float(number), 0.1, 0.1, 3, 4)
     assert health.limit(4) == 4
     assert health.limit(1) == 1 and health.limit(0) == 0
+
+
+def test_failing_all_the_time_is_more_than_one_event() -> None:
+    health = Health(0.0)
+    for n in range(40):
+        health.ended(n * 0.2, "node_failed")
+    assert health.tripped

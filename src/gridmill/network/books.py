@@ -67,6 +67,7 @@ SLICE_WORKS_MIN, SLICE_WORKS_MAX = 8, 1024  # a slice is for so many works like 
 REFILL_ATTEMPTS = 5  # a slice can be asked back while more is being leased; then it starts again
 RECLAIM_SECONDS = 3.0  # what another gateway may take to give back what it does not use
 RETRY_SECONDS_MAX = 5.0
+CONTRIBUTORS_MAX = 100_000  # accounts; who is forgotten begins anew, at nothing
 RECOVER_WORKS = 200  # works settled in one transaction after a crash
 
 
@@ -157,6 +158,7 @@ class Books:
         self._live: dict[str, Order] = {}
         self._asked: list[_Asked] = []
         self._settlements: list[Callable[[], Sequence[Settlement]]] = []
+        self._contributions: dict[str, int] = {}  # fees that accounts paid here, less what the reserve did for them
         self._reserve_nanocredits = 0  # of the failover reserve, as last read, less what was promised since
         self._announcements: list[tuple[str, str]] = []
         self._wake = asyncio.Event()
@@ -207,14 +209,22 @@ class Books:
         self._live[order.work_id] = order
         self._flush_soon()
 
-    def can_promise(self, amount: int) -> bool:
-        return amount <= self._reserve_nanocredits
+    def can_promise(self, order: Order, amount: int) -> bool:
+        """Whether there is so much in the reserve, and this account's fees have brought in as much: whoever is user and
+        nodes at once gets out of the reserve what it paid into fees, and no more."""
+        return amount <= min(self._reserve_nanocredits, self._contributions.get(order.payer.account_id, 0))
+
+    def _contributed(self, account_id: str, fees: int) -> None:
+        if account_id not in self._contributions and len(self._contributions) >= CONTRIBUTORS_MAX:
+            del self._contributions[next(iter(self._contributions))]
+        self._contributions[account_id] = self._contributions.get(account_id, 0) + fees
 
     def promise(self, order: Order, amount: int) -> bool:
         """Whether the failover reserve adds so much to what this order's next node earns. It never goes below zero."""
-        if not self.can_promise(amount):
+        if not self.can_promise(order, amount):
             return False
         self._reserve_nanocredits -= amount
+        self._contributed(order.payer.account_id, -amount)
         order.promised_nanocredits += amount
         return True
 
@@ -249,11 +259,15 @@ class Books:
             parts = [_nothing(order, finish, self._wall_ms())]
         assert order.last_server is not None, "a work that no node served is released"
         costs = costs_of(order.terms or order.last_server.row, parts)
-        total = sum([cost.total for cost in costs])
+        total = order.charge_nanocredits = sum([cost.total for cost in costs])
         assert total <= order.amount, "a work used more than was held for it"
         if parts:
             self._queue_settlements(order, parts, costs)
-        self._reserve_nanocredits += order.promised_nanocredits - sum([cost.subsidy for cost in costs])
+        subsidy = sum([cost.subsidy for cost in costs])
+        self._reserve_nanocredits += order.promised_nanocredits - subsidy
+        if total or order.promised_nanocredits:
+            fees = total - sum([cost.node for cost in costs])
+            self._contributed(order.payer.account_id, fees + order.promised_nanocredits - subsidy)
         self._free(order, order.amount, total)
         self._flush_soon()
         return total

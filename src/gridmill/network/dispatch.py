@@ -32,7 +32,7 @@ log = logging.getLogger("gridmill.network.dispatch")
 
 DEARER_PERCENT_MAX = 25  # how much more a next node may ask: else a cheap node that dies would make the reserve pay
 MOVES_MAX = 3  # nodes that may fail a work after they took it; another one would hide a real problem
-OFFERS_MAX = 8  # nodes that are asked at all, those that decline included
+OFFERS_MAX = 12  # nodes that are asked at all, those that decline included
 RETRY_AFTER_NO_NODE_SECONDS = 10
 
 
@@ -142,8 +142,8 @@ class Dispatcher:
                         "delivered": journey.delivered,
                     },
                 )
-                if isinstance(left, Unwanted) and isinstance(failure, Unwanted):
-                    raise CallerFault(400, left.code, left.detail) from None
+                if isinstance(left, Unwanted) and isinstance(failure, Unwanted) and left.owner_id != failure.owner_id:
+                    raise _unwanted(left) from None
                 failure = left
                 moves += left.accepted
                 if moves > MOVES_MAX:
@@ -166,12 +166,15 @@ class Dispatcher:
 
     async def _place(self, journey: Journey, ticket: Ticket, failure: Left | None) -> NodeLink:
         """A node for the work, or for what is left of it. Raises NoRoom, or what became of an earlier `failure`."""
+        class_id = ClassId(journey.work.class_id)
         waits_for_a_node = journey.begun and self._admission.resume_timeout_seconds > 0
         while True:
             if self._stopping and not journey.begun:
                 raise stopping()
             try:
-                await ticket.turn(urgent=journey.begun)
+                # Who reads an answer already goes first; and where there is no node at all there is nobody to pass.
+                urgent = journey.begun and (journey.order.count > 0 or not self._registry.places(class_id))
+                await ticket.turn(urgent=urgent)
             except Overloaded as overloaded:
                 if journey.begun:
                     raise self._nobody(failure, waited=True) from None
@@ -206,7 +209,7 @@ class Dispatcher:
                     RETRY_AFTER_NO_NODE_SECONDS,
                 )
             case Unwanted():
-                return CallerFault(400, failure.code, failure.detail)
+                return _unwanted(failure)
             case _ if waited:
                 seconds = self._admission.resume_timeout_seconds
                 return NodeFault(
@@ -230,7 +233,7 @@ class Dispatcher:
             record = self._registry.record_of(dearer.node_id)
             row = record.prices.get(ClassId(request.class_id), FREE) if record is not None else FREE
             paid_input = 0 if journey.order.input_paid else journey.order.input_tokens
-            if self._books.can_promise(subsidy_most(terms, row, paid_input, request.output_tokens, 0)):
+            if self._books.can_promise(journey.order, subsidy_most(terms, row, paid_input, request.output_tokens, 0)):
                 return request, dearer
         return cheap, found
 
@@ -256,6 +259,11 @@ class Dispatcher:
 
     def _has_room_elsewhere(self, journey: Journey) -> bool:
         return isinstance(self._look(journey)[1], Placement)
+
+
+def _unwanted(left: Unwanted) -> CallerFault:
+    """Without the nodes' own words, which the log has: a stranger's sentence is not the network's to repeat."""
+    return CallerFault(400, left.code, "the nodes that serve this model refuse this request's parameters")
 
 
 def _somewhat_dearer(price: Price) -> Price:

@@ -44,6 +44,7 @@ SHRINK_MIN = 0.8  # at most a fifth is cut at once
 CUT_PAUSE_SECONDS = 1.0
 STARTING_WORKS = 4  # at once on a node that has ended nothing well yet, where others have
 STARTING_SHARE = 8  # or an eighth of its slots, where that is more
+STARTING_WORKS_MAX = 16  # however many it says that it has
 
 
 class Health:
@@ -113,9 +114,9 @@ class Health:
             self._bad = self._bad * ENDING_MEMORY + SOFT_WEIGHT
         else:
             same = fault == self._last_fault and now - self._last_fault_at < ONE_EVENT_SECONDS
-            self._last_fault, self._last_fault_at = fault, now
             if same:
-                return
+                return  # counted with the first, whose moment stays: who fails all the time is not one event
+            self._last_fault, self._last_fault_at = fault, now
             self._endings += 1
             self.faults_in_a_row += 1
             self._good_in_a_row = 0
@@ -203,5 +204,5 @@ class Health:
             return 0
         if self.state == "half_open":
             return min(1, slots)
-        share = slots // STARTING_SHARE if starting else slots
+        share = min(slots // STARTING_SHARE, STARTING_WORKS_MAX) if starting else slots
         return min(slots, max(STARTING_WORKS if starting else 1, round(self._limit_share * share)))

@@ -352,7 +352,7 @@ def _part(rows: Sequence[Any], epoch_first: int) -> Part:
         tuple(ids),
         _scores(kept),
         kept[-1].finish if kept and kept[-1].finish in ("stop", "length") else "",
-        bool(ids) or any(segment.input_tokens for segment in kept),
+        any(segment.input_tokens for segment in kept),
         max((segment.cached_tokens for segment in kept), default=0),
         sum(segment.charge_nanocredits for segment in kept),
         max(epoch_first, 1 + max((row[1] for row in rows), default=-1)),

@@ -32,6 +32,9 @@ Emit = Callable[[list[Emission]], Awaitable[None]]
 Placed = Callable[[str], None]
 
 LAST_WORD_TIMEOUT_SECONDS = 2.0  # a cancelled engine answers within one step
+STOP_WORD_SECONDS = 0.5  # as long as an answer that is complete may wait for a signature, and the way there and back
+# However slow a node has shown itself, or says that it is, to be waited for.
+GAP_PATIENCE_SECONDS_MAX, FIRST_TOKEN_PATIENCE_SECONDS_MAX = 10.0, 120.0
 LOOK_ELSEWHERE_SECONDS = 1.0  # how often a work on a node that drains asks whether there is room elsewhere
 LOGPROB_ROUNDING_MAX = 1e-3  # above zero: 16-bit arithmetic gets there, a probability does not
 
@@ -75,15 +78,17 @@ class Observer(Protocol):
 class Left(Exception):
     """A node was left; another may go on. `accepted`: it had taken the work, so that this counts as a move."""
 
-    def __init__(self, code: str, detail: str, *, accepted: bool = True) -> None:
+    def __init__(self, code: str, detail: str, *, accepted: bool = True, owner_id: str = "") -> None:
         super().__init__(detail)
         self.code = code
         self.detail = detail
         self.accepted = accepted
+        self.owner_id = owner_id
 
 
 class Unwanted(Left):
-    """A node says that the caller's own parameters are at fault. Believed when a second one says so, or is missing."""
+    """A node says that the caller's own parameters are at fault. Believed when one of another owner says so too, or
+    when there is none."""
 
 
 class Impossible(Exception):
@@ -178,9 +183,10 @@ class Journey:
         work = self._what_is_left(row)
         read = self.ids_so_far()
         cached_tokens = record.sent.cached_tokens(class_id, work.cache_salt, read, offered)
+        predicted = self._registry.first_token_seconds(record, class_id, len(read) // 4)
         first_token_patience = max(
             self._patience.first_token_seconds,
-            self._patience.first_token_factor * self._registry.first_token_seconds(record, class_id, len(read) // 4),
+            min(self._patience.first_token_factor * predicted, FIRST_TOKEN_PATIENCE_SECONDS_MAX),
         )
         stream = node_link.open(work, class_id)
         stream.pause_patience_seconds = first_token_patience
@@ -193,10 +199,10 @@ class Journey:
             first_token = 0.0
             before = order.count
             waits_since = offered
-            patience = first_token_patience
+            deadline = accepted + first_token_patience
             while True:
                 try:
-                    emissions = await stream.take(patience)
+                    emissions = await stream.take(max(0.0, deadline - self._clock()))
                 except NodeLeaves:
                     if order.part_count and self._elsewhere(self):
                         node_link.cancel(stream, self.delivered)
@@ -216,7 +222,7 @@ class Journey:
                             raise self._leave(record, "node_queued", detail) from None
                     elif quiet >= self._patience.alone_seconds or self._elsewhere(self):
                         raise
-                    patience = LOOK_ELSEWHERE_SECONDS
+                    deadline = now + LOOK_ELSEWHERE_SECONDS
                     continue
                 if not emissions:
                     break
@@ -243,14 +249,14 @@ class Journey:
                 await emit(emissions)
                 node_link.grant(stream, count)
                 waits_since = self._clock()
-                patience = max(self._patience.gap_seconds, self._patience.gap_factor * stream.gap_seconds)
-                patience += record.round_trip_seconds
+                gap = min(self._patience.gap_factor * stream.gap_seconds, GAP_PATIENCE_SECONDS_MAX)
+                deadline = waits_since + max(self._patience.gap_seconds, gap) + record.round_trip_seconds
         except Enough as enough:
             keep = min(enough.keep, order.count)
             order.cut(keep)
             node_link.cancel(stream, self._start + keep)
             try:
-                await self._last_word(stream)
+                await self._last_word(stream, STOP_WORD_SECONDS + record.round_trip_seconds)
             except asyncio.CancelledError:
                 # The caller leaves in the meantime. What it has been shown is paid, as always.
                 self._settle(
@@ -320,10 +326,12 @@ class Journey:
             # The code is ours to choose: a node's own words must not be mistaken for the network's.
             kind = Unwanted if reply.fault == "caller" else Left
             raise self._turned_away(
-                record, kind("node_refused", f"the node says: {reply.detail}", accepted=False)
+                record,
+                kind("node_refused", f"the node says: {reply.detail}", accepted=False, owner_id=record.owner_id),
             ) from None
 
     def _turned_away(self, record: NodeRecord, left: Left) -> Left:
+        self.left_owners.add(record.owner_id)
         self.order.epoch += 1  # each offer has its own: what this node may yet do of it is nobody's
         self._ended(record, left.code)
         return left
@@ -371,13 +379,13 @@ class Journey:
     def _ended(self, record: NodeRecord, fault: str | None) -> None:
         self._registry.ended(record, ClassId(self.work.class_id), fault=fault)
 
-    async def _last_word(self, stream: NodeStream) -> None:
+    async def _last_word(self, stream: NodeStream, seconds: float) -> None:
         """After a cancel the node's End brings its signature; a slow node is not awaited."""
         try:
-            async with asyncio.timeout(LAST_WORD_TIMEOUT_SECONDS):
+            async with asyncio.timeout(seconds):
                 while True:
                     try:
-                        if not await stream.take(LAST_WORD_TIMEOUT_SECONDS):
+                        if not await stream.take(seconds):
                             return
                     except NodeLeaves:
                         pass  # it may, after this
@@ -412,7 +420,12 @@ class Journey:
     ) -> Outcome:
         order = self.order
         used = Usage(order.input_tokens, order.cached_tokens, keep)
-        charged = self._settle(used, kind, stream.end)
+        charged = 0
+        if order.settles_later:
+            # With the other choices of the same answer: if one of them fails, nothing of this one is owed either.
+            order.deferred = functools.partial(self._settle, used, kind, stream.end)
+        else:
+            charged = self._settle(used, kind, stream.end)
         if fault is None:
             self._ended(record, None)
         # The answer's last bytes go first.
@@ -473,10 +486,11 @@ class Checks:
         return token_id in self._ends and count > self._min_tokens
 
     def see(self, emissions: list[Emission], delivered: int) -> None:
-        """These come after `delivered` ids. Raises Impossible; then none of them counts."""
+        """These come after `delivered` ids. Raises Impossible; then none of them counts, or has left a trace here."""
+        stopped = self._stopped
         for emission in emissions:
             ids = emission.ids
-            if self._stopped:
+            if stopped:
                 raise Impossible("bad_ids", "the node went on after an id that ends the answer")
             if max(ids) >= self._vocab_size:
                 raise Impossible("bad_ids", f"the node sent an id outside the vocabulary of {self._vocab_size}")
@@ -485,10 +499,11 @@ class Checks:
                     if self._stops(token_id, delivered + place):
                         if place < len(ids):
                             raise Impossible("bad_ids", "the node went on after an id that ends the answer")
-                        self._stopped = True
+                        stopped = True
             if self._scored:
                 self._see_scores(emission)
             delivered += len(ids)
+        self._stopped = stopped
 
     def _see_scores(self, emission: Emission) -> None:
         if emission.logprobs is None or len(emission.logprobs) != len(emission.ids):

@@ -62,6 +62,7 @@ class Order:
         "allowed",
         "amount",
         "cached_tokens",
+        "charge_nanocredits",
         "charged",
         "class_id",
         "count",
@@ -92,6 +93,7 @@ class Order:
         "scores",
         "server",
         "settled",
+        "settles_later",
         "shown",
         "start",
         "started_ms",
@@ -149,6 +151,8 @@ class Order:
         self.journalled_epoch = -1
         self.hold_epoch = 0
         self.settled = False
+        self.charge_nanocredits = 0  # once it is settled
+        self.settles_later = False  # `deferred` is called when all choices of the same answer are whole
         # Whether the caller has what was delivered: while an answer that leaves as a whole is not out, nothing is owed.
         self.shown = True
         self.forgiven = False  # another choice of the same answer failed: the caller gets nothing of this one either
@@ -157,7 +161,7 @@ class Order:
         )
         self.scores: Callable[[int, int], bytes] | None = None  # kept beside `count` ids from `first` on: logprobs
         self.charged: Callable[[int, int], None] | None = None  # told what was held and what it came to
-        self.deferred: Callable[[], None] | None = None  # settles it; set when that waits for a node's last word
+        self.deferred: Callable[[], object] | None = None  # settles it; set when that waits for a node's last word
         self._ids: list[int] = []
         self._hasher: IdsHash | None = None
         self._hash_count = 0

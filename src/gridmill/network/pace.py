@@ -11,6 +11,7 @@ import math
 
 DECODE_TOKENS_PER_SECOND_UNKNOWN = 20.0  # a node nobody has measured: neither flattering nor hopeless
 PREFILL_TOKENS_PER_SECOND_UNKNOWN = 500.0
+HINT_TOKENS_PER_SECOND_MIN = 0.1  # and nobody waits for what is slower
 HINT_TOKENS_PER_SECOND_MAX = 1e6  # nothing is faster; a hint beyond this is a slip or a lie
 UNMEASURED_FIRST_TOKEN_SECONDS = 5.0  # how patient to be with a node of which nothing is known
 SILENT_SECONDS = 60.0  # what was measured before this is the past
@@ -64,8 +65,8 @@ class Pace:
     __slots__ = ("_first", "_gap", "_last", "_wait", "_wait_at", "first_works", "gap_works")
 
     def __init__(self, *, decode_hint: float = 0.0, prefill_hint: float = 0.0, slots: int = 1) -> None:
-        decode = min(decode_hint, HINT_TOKENS_PER_SECOND_MAX) or DECODE_TOKENS_PER_SECOND_UNKNOWN
-        prefill = min(prefill_hint, HINT_TOKENS_PER_SECOND_MAX) or PREFILL_TOKENS_PER_SECOND_UNKNOWN
+        decode = _hint(decode_hint) or DECODE_TOKENS_PER_SECOND_UNKNOWN
+        prefill = _hint(prefill_hint) or PREFILL_TOKENS_PER_SECOND_UNKNOWN
         self._first = Line(0.0, 1.0 / prefill, READ_TOKENS_SURE)
         self._gap = Line(1.0 / decode, CROWDING_UNKNOWN / decode / max(1, slots), WORKS_BESIDE_SURE)
         self._wait = 0.0
@@ -146,3 +147,10 @@ class Pace:
     def seen(self) -> float:
         """When something was measured last."""
         return self._last
+
+
+def _hint(tokens_per_second: float) -> float:
+    """A node's own word within bounds; 0.0 when it says nothing."""
+    if tokens_per_second <= 0.0:
+        return 0.0
+    return min(max(tokens_per_second, HINT_TOKENS_PER_SECOND_MIN), HINT_TOKENS_PER_SECOND_MAX)

@@ -211,6 +211,7 @@ class OpenAIGateway:
         answer = _Answer(exchange, form, request)
         hidden = _hidden(request, card)
         for each in planned:
+            each.order.settles_later = len(planned) > 1 and not request.stream
             answer.add(each, hidden)
         return answer
 
@@ -554,8 +555,15 @@ class _Answer(Showing):
 
     def release(self, books: Books) -> None:
         """Whatever was held for works that never began is free again."""
+        self._settle()  # for a caller who left while others were at work
         for planned in self._planned:
             books.release(planned.order)
+
+    def _settle(self) -> None:
+        """Choices of one plain answer are settled when all of them are whole."""
+        for planned in self._planned:
+            if planned.order.settles_later and planned.order.deferred is not None:
+                planned.order.deferred()
 
     async def run(self, dispatcher: Dispatcher) -> None:
         """Serves all choices. Raises ClientGone or the first fault; the works that still ran are cancelled by then."""
@@ -567,9 +575,9 @@ class _Answer(Showing):
                 else:
                     await self._serve_together(dispatcher)
                 if not self.request.stream:
-                    await self.exchange.answer(
-                        200, self.form.answer(self.choices, self.usage(self._charge_nanocredits), self.gridmill())
-                    )
+                    self._settle()
+                    charge = sum([planned.order.charge_nanocredits for planned in self._planned])
+                    await self.exchange.answer(200, self.form.answer(self.choices, self.usage(charge), self.gridmill()))
         finally:
             self.exchange.output_tokens = sum([choice.tokens for choice in self.choices])
 
@@ -612,15 +620,17 @@ class _Answer(Showing):
         except (NodeFault, NoRoom):
             for other in self._planned:
                 other.order.forgiven = True  # the caller leaves with nothing of them, and not by choice
+                if other.order.settles_later:
+                    other.order.deferred = None
             raise
         self._charge_nanocredits += outcome.charge_nanocredits
         tail = choice.finish(outcome)
-        self._unfinished -= 1
         if not streaming:
             choice.pieces.extend(tail)
             return
         data = choice.events(tail) + self.form.finish_event(choice.index, choice.finish_reason, self.gridmill())
         await self._opened.wait()
+        self._unfinished -= 1  # here, and not before another choice may have finished: the last one ends the stream
         if self._unfinished:
             await client.send_body(data)
             return
