@@ -345,8 +345,9 @@ class Journey:
             paid_input = 0 if order.input_paid else order.input_tokens
             left = self.work.sampling.max_tokens - self.delivered
             dearer = subsidy_most(order.terms, row, paid_input, left, 0)
-            if dearer:
-                books.promise(order, dearer)  # placed here only if there was enough
+            if dearer and not books.promise(order, dearer):
+                order.epoch += 1
+                raise Left("reserve_short", "the failover reserve has been promised to others since", accepted=False)
             extra = read_tokens - cached_tokens - (paid_input - order.cached_tokens if paid_input else 0)
             if not order.replay_paid and extra > 0:
                 cost = subsidy_most(order.terms, row, 0, 0, extra)
