@@ -181,10 +181,11 @@ class Ticket:
         self._holds = False
         self._closed = False
 
-    async def turn(self, *, urgent: bool = False) -> None:
+    async def turn(self, *, urgent: bool = False, begun: bool = False) -> None:
         """Returns when it may look for a place; asked again, it found none. Raises Overloaded.
 
-        `urgent`: ids of it were delivered already. Cancelling is safe: a turn that was not used goes on to the next.
+        `urgent`: ids of it were delivered already. `begun`: a node had taken it and broke off, so that it may wait as
+        long, though not before others. Cancelling is safe: a turn that was not used goes on to the next.
         """
         line, admission = self._line, self._admission
         assert not self._holds and not self._closed
@@ -193,7 +194,7 @@ class Ticket:
         if admission.stopped:
             return
         if not self.number:
-            self._stand(urgent)
+            self._stand(urgent, begun)
         if self._last_turn:
             raise self._late()
         if not self._looked and not line.anybody_ahead(self):
@@ -270,13 +271,13 @@ class Ticket:
 
     # ------------------------------------------------------------ its own
 
-    def _stand(self, urgent: bool) -> None:
+    def _stand(self, urgent: bool, begun: bool) -> None:
         admission, now = self._admission, self._clock()
         self.urgent = urgent
         self.number = self._line.next_number()
         self.round = 0
         self._standings += 1
-        if urgent:
+        if urgent or begun:
             self.deadline = now + admission.resume_timeout_seconds
             return
         if self.tier != _FLEX:

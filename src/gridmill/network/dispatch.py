@@ -174,9 +174,9 @@ class Dispatcher:
             try:
                 # Who reads an answer already goes first; and where there is no node at all there is nobody to pass.
                 urgent = journey.begun and (journey.order.count > 0 or not self._registry.places(class_id))
-                await ticket.turn(urgent=urgent)
+                await ticket.turn(urgent=urgent, begun=journey.begun)
             except Overloaded as overloaded:
-                if journey.begun:
+                if urgent:
                     raise self._nobody(failure, waited=True) from None
                 raise NoRoom("overloaded", overloaded.detail, overloaded.retry_after_seconds) from None
             while True:
