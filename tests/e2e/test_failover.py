@@ -294,6 +294,9 @@ def test_after_three_moves_the_caller_is_told_and_pays_for_what_came(echo: Fleet
     assert len(left) >= 4 and set(left) == {"node_lost"}  # an offer that the cut came before is no move
     assert asked.status == 200 and not asked.done and asked.error is not None
     assert asked.error["code"] == "node_lost"
-    assert plain.status == 502 and plain.error is not None and plain.error["code"] == "node_lost"
+    if plain.status == 200:  # the cuts are timed by the other one: this one may have been struck less often
+        same(plain, unbroken[2])
+    else:
+        assert plain.status == 502 and plain.error is not None and plain.error["code"] == "node_lost"
     text = asked.texts[0]
     assert 20 < len(text) < len(unbroken[0].texts[0]) and unbroken[0].texts[0].startswith(text)
