@@ -19,7 +19,7 @@ from programs import Place, Program, gridmill, place, until
 DEMO = "gridmill/demo"
 HELLO = [{"role": "user", "content": "hello there"}]
 CREDITS = 1_000_000_000
-SOON = ("--drain-timeout-seconds", "0.2")
+SOON = ("--drain-timeout-seconds", "0.2", "--resume-timeout-seconds", "2")
 
 
 @pytest.fixture
@@ -237,9 +237,8 @@ def test_a_killed_node_ends_the_stream_and_a_retry_finishes_it_on_another(here: 
     shop.start_node(500)
     again = shop.ask("node", **asked)
     assert again.whole() == texts and len(texts[0]) > len(broken.texts[0])
-    # The node forfeited its prompt, and nobody asks for it a second time.
-    prompt_cost = alone.usage["prompt_tokens"] * 50 * 105 // 100
-    assert abs(alone.usage["cost_nanocredits"] - again.usage["cost_nanocredits"] - prompt_cost) <= 2
+    # The node forfeited its pay for the prompt; whoever goes on reads it again and is paid: once for each answer.
+    assert abs(alone.usage["cost_nanocredits"] - again.usage["cost_nanocredits"]) <= 2
     assert shop.spends(alone.usage["cost_nanocredits"] + again.usage["cost_nanocredits"])
 
 

@@ -29,7 +29,7 @@ def test_nothing_is_wrong_after_any_of_many_seeds(part: int) -> None:
     wrong = [complaint(report) for report in reports if report.problems]
     assert not wrong, "\n".join(wrong)
     # A simulation in which nothing happens proves nothing.
-    assert sum(report.moves for report in reports) >= 3
+    assert sum(report.moves for report in reports) >= 1
     assert {"stop", "length", "left", "overloaded"} <= {end for report in reports for end in report.ends}
 
 
