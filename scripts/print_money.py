@@ -171,8 +171,8 @@ async def moved_work(scene: Scene) -> None:
     earlier = scene.settle("earlier", Usage(20_000, 0, 60_000), "lease:ann:1", close=False)
     await scene.silently(scene.credit(), scene.lease(), earlier, scene.hold("long", 1000, 4000))
     scene.say(
-        "The node of owner-1 breaks off after 300 tokens, and one of owner-2, at the same price, makes the other 400. It "
-        "read the prompt and the 300 again: the prompt is the user's to pay, the 300 the failover reserve's."
+        "The node of owner-1 breaks off after 300 tokens, and one of owner-2, at the same price, makes the other 400. "
+        "It read the prompt and the 300 again: the prompt is the user's to pay, the 300 the failover reserve's."
     )
     first = Part(0, 0, Server("", b"", "owner-1", ROW), Usage(0, 0, 300), 0, b"", 0, 0, "lost")
     last = Part(1, 300, Server("", b"", "owner-2", ROW), Usage(1000, 0, 400), 300, b"", 0, 0, "stop")

@@ -271,7 +271,7 @@ class Ticket:
 
     # ------------------------------------------------------------ its own
 
-    def _stand(self, urgent: bool, begun: bool) -> None:
+    def _stand(self, urgent: bool, begun: bool = False) -> None:
         admission, now = self._admission, self._clock()
         self.urgent = urgent
         self.number = self._line.next_number()
