@@ -114,7 +114,8 @@ def played(options: argparse.Namespace) -> list[Round]:
         return rounds
     with (
         tempfile.TemporaryDirectory(prefix="gridmill bench ") as folder,
-        fleet(Path(folder), price=PRICE, credit=1000) as broken,
+        # Who comes while all places are taken waits here, and is not told to come again: that is not what is measured.
+        fleet(Path(folder), "--queue-ttft-factor", "0", price=PRICE, credit=1000) as broken,
         state.open("ab") as file,
     ):
         model = random_model(broken.here.folder / "random", layers=4, width=128)
