@@ -614,6 +614,22 @@ def test_a_node_that_drains_and_says_nothing_more_is_left_in_its_time(tmp_path: 
     moved(tmp_path, script, body, patience=Patience(first_token_seconds=1.5, first_token_factor=0.0))
 
 
+def test_a_pause_that_was_announced_is_no_longer_for_a_node_that_drains(tmp_path: Path) -> None:
+    async def script(node: ScriptedNode, offer: Offer) -> None:
+        node.send(Accept(offer.stream))
+        await asyncio.sleep(0.05)
+        node.send(Step(paused=(offer.stream,)))
+        node.send(Drain(60.0))
+
+    async def body(world: World, till: Till, move: Move) -> None:
+        async with asyncio.timeout(10):
+            await move.run(work(), 0)
+        assert len(move.reader.ids) == 10
+
+    # Its drain is looked at each second, which is less than the pause may take.
+    moved(tmp_path, script, body, patience=Patience(first_token_seconds=1.5, first_token_factor=0.0, alone_seconds=1.0))
+
+
 # ---------------------------------------------------------------- what no honest engine says
 
 

@@ -120,6 +120,7 @@ class NodeStream:
         self.pause_patience_seconds = 0.0  # how long after an announced pause
         self._pauses_left = PAUSES_MAX  # until it sends something again
         self._paused = False
+        self._paused_until = 0.0  # counted from the announcement, however often somebody looks in between
         self._pushed_at = 0.0
         self._nudged = False
         self._nudge_timer: asyncio.TimerHandle | None = None
@@ -156,7 +157,8 @@ class NodeStream:
             if self._nudged:
                 self._nudged = False
                 raise NodeLeaves
-            await self._roused_within(max(patience_seconds, self.pause_patience_seconds if self._paused else 0.0))
+            paused_seconds = self._paused_until - self._loop.time() if self._paused else 0.0
+            await self._roused_within(max(patience_seconds, paused_seconds))
         taken, self._emissions = self._emissions, []
         return taken
 
@@ -184,6 +186,7 @@ class NodeStream:
         if self._pauses_left:
             self._pauses_left -= 1
             self._paused = True
+            self._paused_until = self._loop.time() + self.pause_patience_seconds
             self._rouse()  # whoever waits goes on to wait, for longer
 
     async def _roused_within(self, seconds: float) -> None:
